@@ -1,0 +1,178 @@
+"""Networks: a residual MLP, EDM's preconditioning around it, and the three parts that distillation needs.
+
+`Denoiser` (teacher and fake), `Generator` (the one-step student) and `Discriminator` (the density ratio)
+are thin wrappers; the MLP here or the U-Net in `unet.py` goes inside.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import relu, silu
+
+from minidistill import _validate
+
+
+class NoiseEmbedding(nn.Module):
+    """Sines and cosines of c_noise at octave frequencies, (n, features)."""
+
+    def __init__(self, features: int = 16) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(features // 2), persistent=False)
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        angle = c_noise.reshape(-1, 1) * self.frequencies / 4
+        return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+ACTIVATIONS = {"silu": silu, "relu": relu}
+
+
+class MLP(nn.Module):
+    """F(x, c_noise, label) on flattened samples: `depth` residual blocks of width `hidden`.
+
+    Args:
+        shape: one sample's shape; samples are (n, *shape).
+        n_classes: 0 for an unconditional network.
+        out_features: None for an output shaped like the input; a number m for (n, m).
+        activation: "silu", smooth as denoisers are, or "relu", whose kinks suit a generator that has to tear
+            one Gaussian into separate modes.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        hidden: int = 128,
+        depth: int = 3,
+        n_classes: int = 0,
+        out_features: int | None = None,
+        activation: str = "silu",
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "kind": "mlp", "shape": list(shape), "hidden": hidden, "depth": depth,
+            "n_classes": n_classes, "out_features": out_features, "activation": activation,
+        }
+        self.shape, self.n_classes, self.out_features = tuple(shape), n_classes, out_features
+        self.activation = _validate.choose("activation", activation, ACTIVATIONS)
+        features = math.prod(shape)
+        self.noise = NoiseEmbedding()
+        self.condition = nn.Linear(16, hidden)
+        self.label = nn.Embedding(n_classes, hidden) if n_classes else None
+        self.inward = nn.Linear(features, hidden)
+        self.blocks = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
+        self.outward = nn.Linear(hidden, out_features or features)
+
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        h = self.inward(x.flatten(1)) + self.condition(self.noise(c_noise))  # (n, hidden)
+        if self.label is not None:
+            h = h + self.label(label)
+        for block in self.blocks:
+            h = h + self.activation(block(h))
+        out = self.outward(h)
+        return out if self.out_features else out.reshape(x.shape)
+
+
+class Denoiser(nn.Module):
+    """D(x, sigma, label) = c_skip x + c_out F(c_in x, ln(sigma) / 4, label): EDM's preconditioning
+    (Karras 2022, table 1), which keeps the network's input, output and target at unit variance.
+
+    Args:
+        network: F(x, c_noise, label), shaped like x.
+        sigma_data: the data's standard deviation.
+    """
+
+    def __init__(self, network: nn.Module, sigma_data: float) -> None:
+        super().__init__()
+        _validate.positive("sigma_data", sigma_data)
+        self.network, self.sigma_data = network, float(sigma_data)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.network.shape  # type: ignore[return-value]
+
+    @property
+    def n_classes(self) -> int:
+        return self.network.n_classes  # type: ignore[return-value]
+
+    def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
+        """E[x0 | x] estimated: x (n, *shape), sigma a float or (n,) > 0, label (n,) if class-conditional."""
+        check_input(self, x, label)
+        s = _validate.broadcast_sigma(sigma, x, positive=True)
+        scale = torch.rsqrt(s.square() + self.sigma_data**2)  # c_in
+        c_skip = (self.sigma_data * scale).square()
+        c_out = s * self.sigma_data * scale
+        c_noise = (s.log() / 4).flatten().expand(len(x))
+        return c_skip * x + c_out * self.network(scale * x, c_noise, label)
+
+
+class Correction(nn.Module):
+    """An exact teacher plus a learned correction, D_teacher + c_out F: the fake network of a teacher that has
+    no weights to start from. It starts as the teacher (F is 0 at first), as the papers' fake networks do."""
+
+    def __init__(self, teacher: Any, network: nn.Module, sigma_data: float) -> None:
+        super().__init__()
+        self.denoiser = Denoiser(network, sigma_data)
+        self._teacher = [teacher]  # in a list, so that a module's weights stay out of state_dict()
+        nn.init.zeros_(network.outward.weight)  # type: ignore[union-attr, arg-type]
+        nn.init.zeros_(network.outward.bias)  # type: ignore[union-attr, arg-type]
+
+    def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
+        s = _validate.broadcast_sigma(sigma, x, positive=True)
+        learned = self.denoiser(x, sigma, label) - x * (
+            self.denoiser.sigma_data**2 / (s.square() + self.denoiser.sigma_data**2)
+        )
+        return self._teacher[0](x, sigma, label) + learned
+
+
+class Generator(nn.Module):
+    """One-step student G(z, label) = D(sigma_init z, sigma_init, label): a denoiser called once, on pure noise.
+
+    Given a teacher's denoiser it starts from the teacher's weights, as in DMD, SiD and SIM.
+    """
+
+    def __init__(self, denoiser: Denoiser, sigma_init: float) -> None:
+        super().__init__()
+        _validate.positive("sigma_init", sigma_init)
+        self.denoiser, self.sigma_init = denoiser, float(sigma_init)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.denoiser.shape
+
+    @property
+    def n_classes(self) -> int:
+        return self.denoiser.n_classes
+
+    def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
+        """z ~ N(0, I), (n, *shape) -> samples, (n, *shape)."""
+        return self.denoiser(self.sigma_init * z, self.sigma_init, label)
+
+
+class Discriminator(nn.Module):
+    """logit(x, sigma, label), (n,): trained to tell noised data (1) from noised fakes (0), it estimates
+    log p_sigma / q_sigma at every noise level."""
+
+    def __init__(self, network: nn.Module, sigma_data: float) -> None:
+        super().__init__()
+        _validate.positive("sigma_data", sigma_data)
+        self.network, self.sigma_data = network, float(sigma_data)
+
+    def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
+        s = _validate.broadcast_sigma(sigma, x, positive=True)
+        scale = torch.rsqrt(s.square() + self.sigma_data**2)
+        return self.network(scale * x, (s.log() / 4).flatten().expand(len(x)), label).flatten()
+
+
+def check_input(model: Any, x: Tensor, label: Tensor | None) -> None:
+    """Raise ValueError unless `x` and `label` fit the model's shape and number of classes."""
+    if x.shape[1:] != torch.Size(model.shape):
+        raise ValueError(f"x has shape {tuple(x.shape)}; wanted (n, {', '.join(map(str, model.shape))})")
+    if bool(model.n_classes) != (label is not None):
+        wanted = f"a class of 0 to {model.n_classes - 1} for each sample" if model.n_classes else "None"
+        raise ValueError(f"label: this model has {model.n_classes} classes; wanted {wanted}")
+    if label is not None and label.shape != x.shape[:1]:
+        raise ValueError(f"label has shape {tuple(label.shape)}; wanted ({len(x)},)")
