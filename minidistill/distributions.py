@@ -141,7 +141,7 @@ class GaussianMixture:
         """grad log p(x), (n, d). For the score at noise level s use `mixture.noised(s).score`."""
         self._check(x)
         log_joint, offset, variances = self._log_joint(x, None)
-        return self._mix(log_joint, -offset / variances)
+        return self._mix(log_joint, self._turn(-offset / variances))
 
     def denoise(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         """E[x0 | x0 + sigma e = x], (n, d) (Tweedie; Efron 2011). With `label` (n,), the posterior mean
@@ -149,11 +149,11 @@ class GaussianMixture:
         self._check(x)
         log_joint, offset, noisy = self._log_joint(x, _validate.broadcast_sigma(sigma, x))
         # Each component shrinks towards its mean: mu + Sigma (Sigma + sigma^2)^-1 (x - mu).
-        shrunk = offset * (self._variances / noisy)
+        posterior_means = self.means + self._turn(offset * (self._variances / noisy))  # (n, k, d)
         if label is not None:
             _validate.labels("label", label, len(x), self.n_components)
             log_joint = torch.where(torch.nn.functional.one_hot(label, self.n_components).bool(), 0.0, -math.inf)
-        return self._mix(log_joint, shrunk) + log_joint.softmax(1) @ self.means
+        return self._mix(log_joint, posterior_means)
 
     __call__ = denoise
 
@@ -176,10 +176,13 @@ class GaussianMixture:
         constant = self.weights.log() - 0.5 * d * math.log(2 * math.pi)
         return constant - 0.5 * (quadratic + log_det), offset, variances
 
-    def _mix(self, log_joint: Tensor, vectors: Tensor) -> Tensor:
-        """sum_k P(k | x) v_k for vectors (n, k, d) in the components' own axes, (n, d)."""
-        if self._axes is not None:
-            vectors = torch.einsum("kij,nkj->nki", self._axes, vectors)
+    def _turn(self, vectors: Tensor) -> Tensor:
+        """Vectors (n, k, d) from the components' own axes to the coordinates'."""
+        return vectors if self._axes is None else torch.einsum("kij,nkj->nki", self._axes, vectors)
+
+    @staticmethod
+    def _mix(log_joint: Tensor, vectors: Tensor) -> Tensor:
+        """sum_k P(k | x) v_k for vectors (n, k, d), (n, d)."""
         return (log_joint.softmax(1).unsqueeze(1) @ vectors).squeeze(1)
 
 

@@ -76,6 +76,7 @@ def train_denoiser(
     sigma_data = float(data.std())
     denoiser = Denoiser(network.to(device).train(), sigma_data)
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
+    averages, weights = list(ema.parameters()), list(denoiser.parameters())
     optimizer = torch.optim.Adam(denoiser.parameters(), learning_rate, betas=(0.9, 0.99), fused=True)
     shift = sigma_mean + torch.log(torch.tensor(sigma_data / 0.5)).item()
 
@@ -86,8 +87,8 @@ def train_denoiser(
         noise = torch.randn(x0.shape, generator=rng, device=device)
         loss = denoising_loss(denoiser, x0, sigma, noise, label, edm_weight(sigma, sigma_data)).mean()
         training.set_learning_rate(optimizer, learning_rate * training.schedule(state.step, steps, warmup))
-        training.optimizer_step(loss, optimizer, denoiser.parameters(), clip)
-        training.update_ema(ema, denoiser, ema_halflife, batch_size, state.step)
+        training.optimizer_step(loss, optimizer, clip)
+        training.update_ema(averages, weights, ema_halflife, batch_size, state.step)
         return {"loss": loss.detach()}
 
     config = {

@@ -11,7 +11,7 @@ import math
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,11 +101,11 @@ def fit(
 
 
 def optimizer_step(
-    loss: Tensor, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], clip: float | None = None
+    loss: Tensor, optimizer: torch.optim.Optimizer, clip: float | None = None
 ) -> None:
-    """Backward pass of a scalar loss and one update of `parameters`, the gradient's norm clipped at `clip`."""
-    parameters = list(parameters)
-    optimizer.zero_grad(set_to_none=True)
+    """Backward pass of a scalar loss and one update of the optimizer's parameters, the gradient's norm clipped at
+    `clip`."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     grads = torch.autograd.grad(loss, parameters)  # only these: a generator's loss leaves the fake network alone
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad
@@ -126,14 +126,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 @torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, halflife: float, batch_size: int, step: int) -> None:
+def update_ema(ema: list[nn.Parameter], model: list[nn.Parameter], halflife: float, batch_size: int, step: int) -> None:
     """ema <- model + decay (ema - model), the past's weight halving every `halflife` samples seen; the
     half-life is at most a twentieth of what was seen so far (Karras 2022, appendix F.1), so the start fades."""
     halflife = min(halflife, 0.05 * (step + 1) * batch_size)
     decay = 0.5 ** (batch_size / max(halflife, 1e-8))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-    for average, buffer in zip(ema.buffers(), model.buffers(), strict=True):
-        average.copy_(buffer)
+    torch._foreach_lerp_(ema, model, 1 - decay)
 
 
 def generator_on(device: torch.device | str, seed: int) -> torch.Generator:

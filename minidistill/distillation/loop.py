@@ -87,6 +87,7 @@ def train(
     device = rng.device
     critic = nn.ModuleDict({"fake": run.fake} | ({"ratio": run.ratio} if run.ratio else {}))
     ema = copy.deepcopy(run.generator).eval().requires_grad_(False)
+    averages, weights = list(ema.parameters()), list(run.generator.parameters())
     # beta1 = 0: both play a game whose gradients turn, and momentum overshoots (as SiD's and StyleGAN's Adam).
     generator_optimizer = torch.optim.Adam(run.generator.parameters(), learning_rate, betas=(0.0, 0.99), fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), critic_learning_rate, betas=(0.0, 0.99), fused=True)
@@ -108,18 +109,15 @@ def train(
         training.set_learning_rate(generator_optimizer, learning_rate * factor)
         training.set_learning_rate(critic_optimizer, critic_learning_rate * factor)
         x0, label = generate()
-        for k in range(critic_steps):
-            # The first critic step reuses the generator's batch; the others see fresh samples.
-            with torch.no_grad():
-                fresh, fresh_label = (x0.detach(), label) if k == 0 else generate()
-            batch = noised(fresh, fresh_label)
+        for _ in range(critic_steps):  # the same samples at fresh noise levels: cheaper than fresh samples
+            batch = noised(x0.detach(), label)
             if run.real is not None:
                 batch.real, batch.real_label = run.real(batch_size)
             critic_loss = objective.critic_loss(batch).mean()
-            training.optimizer_step(critic_loss, critic_optimizer, critic.parameters(), clip=10.0)
+            training.optimizer_step(critic_loss, critic_optimizer)
         generator_loss = objective.generator_loss(noised(x0, label)).mean()
-        training.optimizer_step(generator_loss, generator_optimizer, run.generator.parameters(), clip=10.0)
-        training.update_ema(ema, run.generator, ema_halflife, batch_size, state.step)
+        training.optimizer_step(generator_loss, generator_optimizer)
+        training.update_ema(averages, weights, ema_halflife, batch_size, state.step)
         return {"critic": critic_loss.detach(), "generator": generator_loss.detach()}
 
     state = training.State(

@@ -27,9 +27,10 @@ def ratio_loss(batch: Batch) -> Tensor:
     """Logistic regression of noised real (1) against noised student samples (0), (n,): its minimiser is
     log p_sigma / q_sigma. Both get the same noise and level, which cancels some of the variance."""
     assert batch.ratio is not None and batch.real is not None
-    real_xt = batch.real + (batch.xt - batch.x0)
-    real = batch.ratio(real_xt, batch.sigma, batch.real_label)
-    fake = batch.ratio(batch.xt, batch.sigma, batch.label)
+    xt = batch.xt
+    both = torch.cat([batch.real + (xt - batch.x0), xt])
+    label = None if batch.label is None or batch.real_label is None else torch.cat([batch.real_label, batch.label])
+    real, fake = batch.ratio(both, batch.sigma.repeat(2), label).chunk(2)
     return softplus(-real) + softplus(fake)
 
 
