@@ -21,8 +21,6 @@ __all__ = [
     "OBJECTIVES", "Batch", "Distilled", "DistributionMatching", "Objective", "ScoreIdentity",
     "ScoreImplicitMatching", "distill", "draw",
 ]
-
-import os; HG, DG, HF, DF, HR, DR = eval(os.environ.get('HH','(128,3,128,3,64,3)'))
 #: Every objective by name: all f-divergences by distribution matching, then the score-implicit family.
 OBJECTIVES: dict[str, Objective] = {
     **{name: DistributionMatching(row) for name, row in divergences.F.items()},
@@ -144,14 +142,14 @@ def _prepare(
     if trained:
         teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
     if generator is None:
-        start = copy.deepcopy(teacher) if trained else Denoiser(MLP(shape, HG, DG, activation="relu", n_classes=n_classes), sigma_data)
+        start = copy.deepcopy(teacher) if trained else Denoiser(MLP(shape, activation="relu", n_classes=n_classes), sigma_data)
         generator = Generator(start, sigma_init)
     fake: nn.Module
     if trained:
         fake = copy.deepcopy(teacher)
     else:
-        fake = Correction(teacher, MLP(shape, HF, DF, n_classes=n_classes), sigma_data)
-    ratio = Discriminator(MLP(shape, HR, DR, n_classes=n_classes, out_features=1), sigma_data) if real else None
+        fake = Correction(teacher, MLP(shape, hidden=96, n_classes=n_classes), sigma_data)
+    ratio = Discriminator(MLP(shape, hidden=64, n_classes=n_classes, out_features=1), sigma_data) if real else None
     return Run(
         teacher=teacher,
         generator=generator.to(device).train().requires_grad_(True),

@@ -1,0 +1,129 @@
+"""Figures: every function draws on the axes it is given (or new ones) and returns them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from minidistill import _validate, checkpoints
+from minidistill.distributions import GaussianMixture
+
+#: Seaborn's colour-blind-safe palette; the same colour means the same thing in every figure.
+PALETTE = sns.color_palette("colorblind")
+TEACHER, STUDENT = PALETTE[7], PALETTE[0]
+
+
+def use_theme() -> None:
+    """Seaborn's white-grid theme with type that stays readable when the figure is shrunk."""
+    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", font_scale=1.0)
+
+
+def _axes(ax: Axes | None, size: tuple[float, float] = (4.5, 4.5)) -> Axes:
+    return ax if ax is not None else plt.subplots(figsize=size, layout="constrained")[1]
+
+
+def density(
+    target: GaussianMixture, ax: Axes | None = None, *, sigma: float = 0.0, limit: float | None = None, fill: bool = False
+) -> Axes:
+    """Contours of a 2-D mixture's density at noise level `sigma`, evenly spaced in log-density over 6 nats."""
+    ax = _axes(ax)
+    limit = _limit(target) if limit is None else limit
+    line = torch.linspace(-limit, limit, 161, dtype=target.means.dtype)
+    log_p = target.noised(sigma).log_prob(torch.cartesian_prod(line, line)).reshape(161, 161).T
+    levels = float(log_p.max()) - np.linspace(6, 0.5, 5)
+    if fill:
+        ax.contourf(line, line, log_p, levels=[*levels, float(log_p.max())], cmap="Greys", alpha=0.7)
+    else:
+        ax.contour(line, line, log_p, levels=levels, colors=[TEACHER], linewidths=0.9, alpha=0.9)
+    return _square(ax, limit)
+
+
+def scatter(
+    samples: Tensor, ax: Axes | None = None, *, target: GaussianMixture | None = None, limit: float | None = None,
+    title: str = "", color: object = STUDENT, n: int = 3000,
+) -> Axes:
+    """The first `n` 2-D samples (n, 2) as points, over the target's contours if there is one."""
+    _validate.samples("samples", samples, (2,))
+    ax = _axes(ax)
+    x = samples.detach().cpu()[:n]
+    limit = limit or (_limit(target) if target is not None else 1.1 * float(x.abs().max()))
+    ax.scatter(x[:, 0], x[:, 1], s=3, alpha=0.35, color=color, linewidths=0, rasterized=True)
+    if target is not None:
+        density(target, ax, limit=limit)
+    ax.set_title(title)
+    return _square(ax, limit)
+
+
+def field(
+    vectors: Tensor, points: Tensor, ax: Axes | None = None, *, color: object = PALETTE[3], title: str = ""
+) -> Axes:
+    """Arrows: vectors (n, 2) at points (n, 2)."""
+    ax = _axes(ax)
+    p, v = points.detach().cpu(), vectors.detach().cpu()
+    ax.quiver(p[:, 0], p[:, 1], v[:, 0], v[:, 1], color=color, width=0.004)
+    ax.set_title(title)
+    return _square(ax, 1.05 * float(p.abs().max()))
+
+
+def curves(
+    series: dict[str, tuple[Sequence[float], Sequence[float]]], ax: Axes | None = None, *, xlabel: str = "step",
+    ylabel: str = "KL(p || q), nats", log: bool = True, goal: float | None = None,
+) -> Axes:
+    """Named lines (x values, y values), each with its own colour and dash pattern, logarithmic in y."""
+    ax = _axes(ax, (5.5, 4))
+    for index, (name, (x, y)) in enumerate(series.items()):
+        ax.plot(x, y, label=name, color=PALETTE[index % len(PALETTE)], linewidth=2,
+                linestyle=("-", "--", "-.", ":")[index % 4])
+    if goal is not None:
+        ax.axhline(goal, color="black", linewidth=1, linestyle=":", label=f"{goal:g}")
+    if log:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter("{x:g}")
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.legend()
+    return ax
+
+
+def image_grid(images: Tensor, ax: Axes | None = None, *, columns: int = 10, title: str = "") -> Axes:
+    """Images (n, c, h, w) in [-1, 1], c = 1 or 3, row by row with a thin gap."""
+    _validate.samples("images", images)
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"images has shape {tuple(images.shape)}; wanted (n, 1 or 3, h, w)")
+    ax = _axes(ax)
+    n, c, h, w = images.shape
+    rows = math.ceil(n / columns)
+    canvas = torch.ones(c, rows * (h + 1) + 1, columns * (w + 1) + 1)
+    for index, image in enumerate(((images.detach().cpu() + 1) / 2).clamp(0, 1)):
+        top, left = index // columns * (h + 1) + 1, index % columns * (w + 1) + 1
+        canvas[:, top : top + h, left : left + w] = image
+    ax.imshow(canvas.permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    ax.set_axis_off()
+    ax.set_title(title)
+    return ax
+
+
+def save(figure: Figure, path: str | Path, dpi: int = 110) -> Path:
+    """Write a PNG atomically, with nothing in it that changes from run to run, and close the figure."""
+    with checkpoints.atomic(path) as name:
+        figure.savefig(name, dpi=dpi, metadata={"Software": None})
+    plt.close(figure)
+    return Path(path)
+
+
+def _limit(target: GaussianMixture) -> float:
+    reach = 4 * target.covs.diagonal(dim1=1, dim2=2).max().sqrt()
+    return float(target.means.abs().max() + reach)
+
+
+def _square(ax: Axes, limit: float) -> Axes:
+    ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xlabel="$x_1$", ylabel="$x_2$")
+    return ax
