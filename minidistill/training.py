@@ -40,6 +40,9 @@ class State:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
+#: Extra arguments of every progress bar; a worker process puts its own line here.
+bar_options: dict[str, Any] = {}
+
 Update = Callable[[State], dict[str, Tensor]]
 Callback = Callable[[State], "dict[str, float] | None"]
 
@@ -75,7 +78,8 @@ def fit(
     path = None if checkpoint is None else checkpoints.writable(checkpoint)
     if path is not None and resume and path.exists():
         load_state(path, state)
-    with tqdm(total=steps, initial=state.step, disable=not progress, desc=description) as bar, _sigint() as stopped:
+    bar = tqdm(total=steps, initial=state.step, disable=not progress, desc=description, **bar_options)
+    with bar, _sigint() as stopped:
         while state.step < steps:
             losses = update(state)
             state.step += 1
@@ -153,7 +157,7 @@ def save_state(path: str | Path, state: State) -> None:
         groups[name] = saved["param_groups"]
         for index, slots in saved["state"].items():
             tensors |= {f"opt.{name}.{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002 (the global generator, whoever uses it)
     meta = {
         "config": state.config, "step": state.step, "history": state.history, "param_groups": groups,
         "python_rng": random.getstate(), "numpy_rng": [kind, keys.tolist(), position, has_gauss, gauss],
@@ -187,7 +191,7 @@ def load_state(path: str | Path, state: State) -> None:
     version, internal, gauss_next = meta["python_rng"]
     random.setstate((version, tuple(internal), gauss_next))
     kind, keys, position, has_gauss, gauss = meta["numpy_rng"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))  # noqa: NPY002
     state.step, state.history = meta["step"], meta["history"]
 
 
