@@ -85,7 +85,7 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
     total = 0
     for name in sorted(tensors):
         total = zlib.crc32(name.encode(), total)
-        total = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy(), total) if tensors[name].numel() else total
+        total = zlib.crc32(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), total)
     return total
 
 
@@ -127,7 +127,6 @@ def load_model(path: str | Path) -> tuple[Denoiser | Generator, dict[str, Any]]:
     network = build(**{**config, "shape": tuple(config["shape"])})
     check_weights(path, "network", weights, network)
     network.load_state_dict(weights)
-    model: Denoiser | Generator = Denoiser(network, recipe["sigma_data"])
-    if info["kind"] == "generator":
-        model = Generator(model, recipe["sigma_init"])
+    denoiser = Denoiser(network, recipe["sigma_data"])
+    model = Generator(denoiser, recipe["sigma_init"]) if info["kind"] == "generator" else denoiser
     return model.eval(), recipe["info"]

@@ -94,9 +94,9 @@ class GaussianMixture:
         second_moment = self.weights @ (self.means.square() + torch.diagonal(self.covs, dim1=1, dim2=2))
         return float((second_moment - self.mean.square()).mean().sqrt())
 
-    def to(self, *args: torch.dtype | torch.device | str) -> GaussianMixture:
+    def to(self, where: torch.dtype | torch.device) -> GaussianMixture:
         """The same mixture with another dtype or on another device."""
-        return self._like(self.means.to(*args), self._variances.to(*args))
+        return self._like(self.means.to(where), self._variances.to(where))
 
     def noised(self, sigma: float) -> GaussianMixture:
         """The law of `x0 + sigma * e`: the same mixture with sigma^2 more variance in every direction."""
@@ -152,7 +152,7 @@ class GaussianMixture:
         posterior_means = self.means + self._turn(offset * (self._variances / noisy))  # (n, k, d)
         if label is not None:
             _validate.labels("label", label, len(x), self.n_components)
-            log_joint = torch.where(torch.nn.functional.one_hot(label, self.n_components).bool(), 0.0, -math.inf)
+            log_joint = torch.nn.functional.one_hot(label, self.n_components).to(log_joint).log()  # 0 or -infinity
         return self._mix(log_joint, posterior_means)
 
     __call__ = denoise

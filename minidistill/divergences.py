@@ -160,14 +160,14 @@ F: dict[str, FDivergence] = {
         ),
         FDivergence(  # f = (r-1)^2, h = 2 r^2
             "pearson",
-            lambda p, q: torch.exp(2 * p - q) - 2 * p.exp() + q.exp(),
+            lambda p, q: torch.exp(p + _gap(p, q)) - 2 * p.exp() + q.exp(),
             lambda l: 2 * torch.expm1(l),
             lambda l: LOG2 + 2 * l,
             lambda u: torch.where(u > -2, u + u.square() / 4, -torch.ones_like(u)),
         ),
         FDivergence(  # f = (r-1)^2 / r, h = 2 / r
             "neyman",
-            lambda p, q: torch.exp(2 * q - p) - 2 * q.exp() + p.exp(),
+            lambda p, q: torch.exp(q - _gap(p, q)) - 2 * q.exp() + p.exp(),
             lambda l: -torch.expm1(-2 * l),
             lambda l: LOG2 - l,
             lambda u: _where(u, u <= 1, 2 - 2 * torch.sqrt(1 - u), math.inf),
@@ -196,9 +196,12 @@ def alpha_divergence(a: float) -> FDivergence:
         value = (w.clamp(min=0) ** (a / (a - 1)) - 1) / a
         return value if a > 1 else _where(u, w >= 0, value, math.inf)
 
+    def log_power(p: Tensor, q: Tensor) -> Tensor:  # of p^a q^(1-a), and 0 where neither has mass
+        return a * p + (1 - a) * q if 0 < a < 1 else p + (a - 1) * _gap(p, q) if a > 1 else q + a * _gap(p, q)
+
     return FDivergence(
         f"alpha({a:g})",
-        lambda p, q: (torch.exp(a * p + (1 - a) * q) - a * p.exp() - (1 - a) * q.exp()) / (a * (a - 1)),
+        lambda p, q: (torch.exp(log_power(p, q)) - a * p.exp() - (1 - a) * q.exp()) / (a * (a - 1)),
         lambda l: torch.expm1((a - 1) * l) / (a - 1),
         lambda l: a * l,
         dual,

@@ -19,6 +19,8 @@ from minidistill import _validate
 class NoiseEmbedding(nn.Module):
     """Sines and cosines of c_noise at octave frequencies, (n, features)."""
 
+    frequencies: Tensor
+
     def __init__(self, features: int = 16) -> None:
         super().__init__()
         self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(features // 2), persistent=False)

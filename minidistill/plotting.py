@@ -32,7 +32,8 @@ def _axes(ax: Axes | None, size: tuple[float, float] = (4.5, 4.5)) -> Axes:
 
 
 def density(
-    target: GaussianMixture, ax: Axes | None = None, *, sigma: float = 0.0, limit: float | None = None, fill: bool = False
+    target: GaussianMixture, ax: Axes | None = None, *, sigma: float = 0.0, limit: float | None = None,
+    fill: bool = False,
 ) -> Axes:
     """Contours of a 2-D mixture's density at noise level `sigma`, evenly spaced in log-density over 6 nats."""
     ax = _axes(ax)
@@ -114,7 +115,7 @@ def image_grid(images: Tensor, ax: Axes | None = None, *, columns: int = 10, tit
 def save(figure: Figure, path: str | Path, dpi: int = 110) -> Path:
     """Write a PNG atomically, with nothing in it that changes from run to run, and close the figure."""
     with checkpoints.atomic(path) as name:
-        figure.savefig(name, dpi=dpi, metadata={"Software": None})
+        figure.savefig(name, dpi=dpi, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
     return Path(path)
 

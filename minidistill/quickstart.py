@@ -26,8 +26,8 @@ from minidistill.networks import MLP, Generator
 
 RING_OBJECTIVES = ("reverse_kl", "forward_kl", "jensen_shannon", "sim")
 RING_WEIGHTS = (1, 2, 1, 3, 1, 2, 1, 1)
-RING_N, RING_STEPS = 20_000, 4000
-DIGITS_N, DIGITS_TEACHER_STEPS, DIGITS_STEPS = 4000, 3000, 2500
+RING_N, RING_STEPS = 20_000, 3500
+DIGITS_N, DIGITS_TEACHER_STEPS, DIGITS_STEPS = 4000, 3000, 1800
 NAMES = {"reverse_kl": "reverse KL", "forward_kl": "forward KL", "jensen_shannon": "Jensen-Shannon",
          "sim": "SIM pseudo-Huber"}
 
@@ -93,12 +93,14 @@ def run_digits(teacher_steps: int, steps: int, seed: int, device: str) -> dict[s
     one_call = student.sample(DIGITS_N, label=asked, seed=seed + 1).cpu()
 
     def measure(x: Tensor) -> dict[str, float]:
-        return {"frechet": metrics.frechet_distance(judge.features(x), reference), "recognised": judge.recognised(x, asked)}
+        distance = metrics.frechet_distance(judge.features(x), reference)
+        return {"frechet": distance, "recognised": judge.recognised(x, asked)}
 
     at_35, at_1 = measure(many_calls), measure(one_call)
     first = torch.cat([(labels == digit).nonzero()[:10] for digit in range(10)]).flatten()
     return {
-        "objective": "sim", "n": DIGITS_N, "n_real": len(images), "seed": seed, "steps": steps, "teacher_steps": teacher_steps,
+        "objective": "sim", "n": DIGITS_N, "n_real": len(images), "seed": seed, "steps": steps,
+        "teacher_steps": teacher_steps,
         "features": f"{reference.shape[1]} hidden units of a classifier trained on the digits",
         "teacher": {**at_35, "calls": 35, "seconds": teacher_seconds},
         "student": {**at_1, "calls": 1, "seconds": student_seconds},
@@ -184,19 +186,20 @@ def _plain(result: dict[str, Any]) -> dict[str, Any]:
 
 def _ring_figures(rings: dict[str, dict[str, Any]], out: Path) -> None:
     teacher = target()
-    figure, axes = plt.subplots(1, 1 + len(rings), figsize=(3.1 * (1 + len(rings)), 3.6), layout="constrained", sharey=True)
+    size = (3.1 * (1 + len(rings)), 3.6)
+    figure, axes = plt.subplots(1, 1 + len(rings), figsize=size, layout="constrained", sharey=True)
     exact = teacher.sample(3000, training.generator_on("cpu", 0))
-    plotting.scatter(exact, axes[0], target=teacher, title="teacher (exact)\n", color=plotting.PALETTE[1])
+    plotting.scatter(exact, axes[0], target=teacher, title="teacher, exact samples\n", color=plotting.PALETTE[1])
     for ax, result in zip(axes[1:], rings.values(), strict=True):
         title = f"{NAMES[result['objective']]}, one call\nKL = {result['kl']:.3f}"
         plotting.scatter(result["samples"], ax, target=teacher, title=title)
     for ax in axes[1:]:
         ax.set_ylabel("")
     plotting.save(figure, out / "ring.png")
-    figure, ax = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
-    curves = {NAMES[name]: tuple(zip(*r["curve"], strict=True)) for name, r in rings.items()}
-    plotting.curves(curves, ax, xlabel="generator step", ylabel=r"KL(teacher $\|$ student), nats, smoothed at $\sigma$ = 0.1")
-    ax.set_title("Ring of 8 Gaussians, exact teacher")
+    figure, ax = plt.subplots(figsize=(6.5, 4.4), layout="constrained")
+    curves = {NAMES[name]: ([k for k, _ in r["curve"]], [kl for _, kl in r["curve"]]) for name, r in rings.items()}
+    plotting.curves(curves, ax, xlabel="generator step", ylabel=r"KL(teacher $\|$ student), nats")
+    ax.set_title(r"Ring of 8 Gaussians, both smoothed at $\sigma$ = 0.1")
     plotting.save(figure, out / "ring_kl.png")
 
 
@@ -213,18 +216,22 @@ def _digits_figure(digits: dict[str, Any], out: Path) -> None:
 
 
 def _table(results: dict[str, Any]) -> str:
+    def row(*cells: str) -> str:
+        return f"{cells[0]:<18}" + "".join(f"{cell:>12}" for cell in cells[1:])
+
     lines = []
     if results["ring"]:
-        lines.append(f"{'ring, one call':<18}{'KL(p||q)':>10}{'KL(q||p)':>10}{'modes':>7}{'worst mode':>12}{'SW2/floor':>11}{'s':>6}")
+        lines.append(row("ring, one call", "KL(p||q)", "KL(q||p)", "modes", "worst mode", "SW2/floor", "seconds"))
         lines += [
-            f"{NAMES[r['objective']]:<18}{r['kl']:>10.3f}{r['reverse_kl']:>10.3f}{r['modes']:>5}/8"
-            f"{r['worst_mode_error']:>12.0%}{r['sliced_w2_over_floor']:>11.2f}{r['seconds']:>6.0f}" for r in results["ring"]
+            row(NAMES[r["objective"]], f"{r['kl']:.3f}", f"{r['reverse_kl']:.3f}", f"{r['modes']}/8",
+                f"{r['worst_mode_error']:.0%}", f"{r['sliced_w2_over_floor']:.2f}", f"{r['seconds']:.0f}")
+            for r in results["ring"]
         ]
     if results["digits"]:
-        d = results["digits"]
-        lines += ["", f"{'digits':<18}{'calls':>10}{'Frechet':>10}{'recognised':>19}{'ratio':>11}{'s':>6}"]
-        lines += [
-            f"{who:<18}{d[who]['calls']:>10}{d[who]['frechet']:>10.3f}{d[who]['recognised']:>19.1%}"
-            f"{d[who]['frechet'] / d['teacher']['frechet']:>11.2f}{d[who]['seconds']:>6.0f}" for who in ("teacher", "student")
-        ]
+        lines += ["", row("digits", "calls", "Frechet", "to teacher", "recognised", "", "seconds")]
+        for who in ("teacher", "student"):
+            d = results["digits"][who]
+            ratio = d["frechet"] / results["digits"]["teacher"]["frechet"]
+            lines.append(row(who, str(d["calls"]), f"{d['frechet']:.3f}", f"{ratio:.2f} x", f"{d['recognised']:.1%}", "",
+                             f"{d['seconds']:.0f}"))
     return "\n".join(lines)

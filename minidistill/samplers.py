@@ -7,6 +7,7 @@ next level, so the loop is written once, and a solver is its step.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ Step = Callable[[Denoise, Tensor, Tensor, Tensor, "torch.Generator | None"], Ten
 def karras_sigmas(
     n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """n levels from sigma_max to sigma_min, evenly spaced in sigma^(1/rho), then 0 (Karras 2022, equation 5): (n+1,)."""
+    """n levels from sigma_max to sigma_min, evenly spaced in sigma^(1/rho), then 0: (n+1,)
+    (Karras 2022, equation 5)."""
     _validate.whole("n", n)
     for name, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max), ("rho", rho)):
         _validate.positive(name, value)
@@ -136,7 +138,7 @@ def _integrate(
         return denoiser(x, sigma) if label is None else denoiser(x, sigma, label)
 
     path = [x]
-    for sigma, after in tqdm(list(zip(sigmas[:-1], sigmas[1:], strict=True)), disable=not progress, desc="sampling"):
+    for sigma, after in tqdm(list(pairwise(sigmas)), disable=not progress, desc="sampling"):
         x = step(denoise, x, sigma, after, generator)
         if trajectory:
             path.append(x)

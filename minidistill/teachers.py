@@ -76,7 +76,8 @@ def train_denoiser(
     sigma_data = float(data.std())
     denoiser = Denoiser(network.to(device).train(), sigma_data)
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
-    averages, weights = list(ema.parameters()), list(denoiser.parameters())
+    averages: list[Tensor] = list(ema.parameters())
+    weights: list[Tensor] = list(denoiser.parameters())
     optimizer = torch.optim.Adam(denoiser.parameters(), learning_rate, betas=(0.9, 0.99), fused=True)
     shift = sigma_mean + torch.log(torch.tensor(sigma_data / 0.5)).item()
 
@@ -107,7 +108,8 @@ def train_denoiser(
 def _fits(network: nn.Module, data: Tensor, n_classes: int) -> None:
     shape, classes = getattr(network, "shape", None), getattr(network, "n_classes", None)
     if shape is None or classes is None:
-        raise TypeError(f"network is {type(network).__name__}; wanted one with .shape and .n_classes, such as MLP or UNet")
+        given = type(network).__name__
+        raise TypeError(f"network is {given}; wanted one with .shape and .n_classes, such as MLP or UNet")
     if tuple(shape) != tuple(data.shape[1:]):
         raise ValueError(f"network takes samples of shape {tuple(shape)}, but data has {tuple(data.shape[1:])}")
     if bool(classes) != bool(n_classes) or classes < n_classes:

@@ -118,7 +118,7 @@ def optimizer_step(
     optimizer.step()
 
 
-def schedule(step: int, steps: int, warmup: int = 0, hold: float = 0.5) -> float:
+def schedule(step: int, steps: int, warmup: int = 0, hold: float = 0.2) -> float:
     """The learning rate's factor: a linear warm-up, 1 until `hold` of the run, then linearly to 0."""
     rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
     return rise * min(1.0, (1 - step / steps) / (1 - hold))
@@ -130,7 +130,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 @torch.no_grad()
-def update_ema(ema: list[nn.Parameter], model: list[nn.Parameter], halflife: float, batch_size: int, step: int) -> None:
+def update_ema(ema: list[Tensor], model: list[Tensor], halflife: float, batch_size: int, step: int) -> None:
     """ema <- model + decay (ema - model), the past's weight halving every `halflife` samples seen; the
     half-life is at most a twentieth of what was seen so far (Karras 2022, appendix F.1), so the start fades."""
     halflife = min(halflife, 0.05 * (step + 1) * batch_size)
@@ -157,10 +157,10 @@ def save_state(path: str | Path, state: State) -> None:
         groups[name] = saved["param_groups"]
         for index, slots in saved["state"].items():
             tensors |= {f"opt.{name}.{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002 (the global generator, whoever uses it)
+    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 (the global generator, whoever uses it)
     meta = {
         "config": state.config, "step": state.step, "history": state.history, "param_groups": groups,
-        "python_rng": random.getstate(), "numpy_rng": [kind, keys.tolist(), position, has_gauss, gauss],
+        "python_rng": random.getstate(), "numpy_rng": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],
     }
     checkpoints.write(path, tensors, {"kind": "training", "state": json.dumps(meta)})
 

@@ -73,7 +73,8 @@ def distill(
         critic_steps: updates of the fake network (and the ratio) for each update of the generator.
         sigma_init: noise level at which the student reads its input, G(z) = D(sigma_init z, sigma_init).
         sigma_min, sigma_max: range of the noise levels, log-uniform. Defaults are multiples of the data's
-            standard deviation: 0.035 and 7; `sigma_init` 1.5.
+            standard deviation: 0.035 and 3.5; `sigma_init` 1.5 for a student that starts from a trained teacher, 0.5 for a
+            new one.
         ema_halflife: of the generator's average, in samples.
         evaluate: called on the averaged generator every `evaluate_every` steps; its numbers join the history.
         checkpoint, resume: as in `training.fit`.
@@ -86,7 +87,8 @@ def distill(
     rule = _validate.choose("objective", objective, OBJECTIVES) if isinstance(objective, str) else objective
     for method in ("critic_loss", "generator_loss"):
         if not callable(getattr(rule, method, None)):
-            raise TypeError(f"objective is {type(rule).__name__}; wanted a name or an object with .{method}(batch)")
+            given = type(rule).__name__
+            raise TypeError(f"objective is {given}; wanted a name or an object with .{method}(batch)")
     if not callable(teacher):
         raise TypeError(f"teacher is {type(teacher).__name__}; wanted a denoiser D(x, sigma, label)")
     shape = _shape_of(teacher, generator, data, shape)
@@ -99,8 +101,9 @@ def distill(
         _validate.labels("labels", labels, len(data), n_classes)
     sigma_data = _sigma_data_of(teacher, generator, data)
     sigma_min = 0.035 * sigma_data if sigma_min is None else sigma_min
-    sigma_max = 7.0 * sigma_data if sigma_max is None else sigma_max
-    sigma_init = 1.5 * sigma_data if sigma_init is None else sigma_init
+    sigma_max = 3.5 * sigma_data if sigma_max is None else sigma_max
+    if sigma_init is None:
+        sigma_init = (1.5 if isinstance(teacher, Denoiser) else 0.5) * sigma_data
     for name, value in (
         ("learning_rate", learning_rate), ("critic_learning_rate", critic_learning_rate), ("sigma_init", sigma_init),
         ("sigma_min", sigma_min), ("sigma_max", sigma_max), ("ema_halflife", ema_halflife),
@@ -142,8 +145,8 @@ def _prepare(
     if trained:
         teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
     if generator is None:
-        start = copy.deepcopy(teacher) if trained else Denoiser(MLP(shape, activation="relu", n_classes=n_classes), sigma_data)
-        generator = Generator(start, sigma_init)
+        new = Denoiser(MLP(shape, depth=4, activation="relu", n_classes=n_classes), sigma_data)
+        generator = Generator(copy.deepcopy(teacher) if trained else new, sigma_init)
     fake: nn.Module
     if trained:
         fake = copy.deepcopy(teacher)

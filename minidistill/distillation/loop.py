@@ -87,7 +87,8 @@ def train(
     device = rng.device
     critic = nn.ModuleDict({"fake": run.fake} | ({"ratio": run.ratio} if run.ratio else {}))
     ema = copy.deepcopy(run.generator).eval().requires_grad_(False)
-    averages, weights = list(ema.parameters()), list(run.generator.parameters())
+    averages: list[Tensor] = list(ema.parameters())
+    weights: list[Tensor] = list(run.generator.parameters())
     # beta1 = 0: both play a game whose gradients turn, and momentum overshoots (as SiD's and StyleGAN's Adam).
     generator_optimizer = torch.optim.Adam(run.generator.parameters(), learning_rate, betas=(0.0, 0.99), fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), critic_learning_rate, betas=(0.0, 0.99), fused=True)

@@ -26,7 +26,8 @@ def fake_loss(batch: Batch) -> Tensor:
 def ratio_loss(batch: Batch) -> Tensor:
     """Logistic regression of noised real (1) against noised student samples (0), (n,): its minimiser is
     log p_sigma / q_sigma. Both get the same noise and level, which cancels some of the variance."""
-    assert batch.ratio is not None and batch.real is not None
+    assert batch.ratio is not None
+    assert batch.real is not None
     xt = batch.xt
     both = torch.cat([batch.real + (xt - batch.x0), xt])
     label = None if batch.label is None or batch.real_label is None else torch.cat([batch.real_label, batch.label])

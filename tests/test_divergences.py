@@ -1,0 +1,311 @@
+"""The f-divergence table and score distances, each column against autograd, quadrature and textbook formulas."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.integrate import quad
+from scipy.special import lambertw
+from scipy.stats import norm
+
+from minidistill import divergences as dv
+from minidistill.divergences import F, alpha_divergence, from_function, skew_jensen_shannon
+from tests.helpers import f64, line, normal_log_prob
+
+ALPHAS = [-1.0, 0.3, 0.5, 2.0, 3.0, 0.0, 1.0]
+ROWS = {
+    **F,
+    **{f"alpha{a:g}": alpha_divergence(a) for a in ALPHAS},
+    **{f"skew{b:g}": skew_jensen_shannon(b) for b in (0.2, 0.5)},
+}
+
+
+def skew(b):
+    return lambda r: b * r * math.log(r) - (b * r + 1 - b) * math.log(b * r + 1 - b)
+
+
+def alpha(a):
+    if a in (0, 1):
+        return (lambda r: -math.log(r)) if a == 0 else (lambda r: r * math.log(r))
+    return lambda r: (r**a - a * r - (1 - a)) / (a * (a - 1))
+
+
+#: f as the papers print it, for floats r > 0.
+TEXTBOOK = {
+    "reverse_kl": lambda r: -math.log(r),
+    "forward_kl": lambda r: r * math.log(r),
+    "jensen_shannon": lambda r: 0.5 * (r * math.log(r) - (r + 1) * math.log((r + 1) / 2)),
+    "softened_reverse_kl": lambda r: (r + 1) * math.log((r + 1) / (2 * r)),
+    "squared_hellinger": lambda r: (1 - math.sqrt(r)) ** 2,
+    "jeffreys": lambda r: (r - 1) * math.log(r),
+    "pearson": lambda r: (r - 1) ** 2,
+    "neyman": lambda r: (r - 1) ** 2 / r,
+    "le_cam": lambda r: (r - 1) ** 2 / (r + 1),
+    **{f"alpha{a:g}": alpha(a) for a in ALPHAS},
+    **{f"skew{b:g}": skew(b) for b in (0.2, 0.5)},
+}
+#: The same with torch operations, for autograd.
+R = torch.logspace(-2.5, 2.5, 41, dtype=torch.float64)
+each_row = pytest.mark.parametrize("name", ROWS)
+
+
+def close(a, b, rtol=1e-10, atol=1e-12):
+    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+def textbook(name, values):
+    return f64([TEXTBOOK[name](float(r)) for r in values])
+
+
+@each_row
+def test_f_is_the_textbooks_and_zero_at_one(name):
+    close(ROWS[name].f(R), textbook(name, R), rtol=1e-9, atol=1e-12)
+    assert abs(float(ROWS[name].f(f64(1.0)))) < 1e-15
+
+
+@each_row
+def test_slope_and_curvature_are_autograds(name):
+    row, r = ROWS[name], R.clone().requires_grad_(True)
+    first = torch.autograd.grad(row.f(r).sum(), r, create_graph=True)[0]
+    second = torch.autograd.grad(first.sum(), r)[0]
+    # alpha = 0, 1 and the KLs are tested as they are; a row's f may differ from another's by c (r - 1) only
+    close(row.df(R), first.detach(), rtol=1e-8, atol=1e-9)
+    close(row.d2f(R), second, rtol=1e-7, atol=1e-9)
+
+
+@each_row
+def test_weight_is_r_squared_times_curvature_and_positive(name):
+    row = ROWS[name]
+    close(row.weight(R), R.square() * row.d2f(R))
+    assert (row.weight(R) > 0).all()
+
+
+@each_row
+def test_fenchel_young_is_tight_at_the_slope(name):
+    """f*(f'(r)) = r f'(r) - f(r), in closed form and by bisection."""
+    row, r = ROWS[name], torch.logspace(-1.5, 1.5, 25, dtype=torch.float64)
+    u = row.df(r)
+    wanted = r * u - row.f(r)
+    close(row.conjugate(u), wanted, rtol=1e-8, atol=1e-8)
+    close(dv._conjugate_by_bisection(row, u), wanted, rtol=1e-8, atol=1e-8)
+
+
+@each_row
+@settings(max_examples=40, deadline=None)
+@given(u=st.floats(-8, 8), log_r=st.floats(-6, 6))
+def test_fenchel_young_inequality(name, u, log_r):
+    row, r = ROWS[name], f64(math.exp(log_r))
+    bound = u * r - row.f(r)
+    assert float(row.conjugate(f64(u))) >= float(bound) - 1e-9 * (1 + abs(float(bound)))
+
+
+@each_row
+def test_bisection_finds_the_closed_conjugate(name):
+    row = ROWS[name]
+    if row.dual is None:  # Jeffreys': 1/r = W(e^(1-u))
+        u = torch.linspace(-3, 5, 17, dtype=torch.float64)
+        r = f64([float(1 / lambertw(math.exp(1 - float(v))).real) for v in u])
+        wanted = u * r - (r - 1) * r.log()
+    else:
+        u = row.df(torch.logspace(-2, 2, 31, dtype=torch.float64))
+        wanted = row.conjugate(u)
+    close(dv._conjugate_by_bisection(row, u), wanted, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(("name", "edge"), [
+    ("reverse_kl", 0.0), ("jensen_shannon", math.log(2) / 2), ("softened_reverse_kl", 0.0),
+    ("squared_hellinger", 1.0), ("neyman", 1.0), ("le_cam", 1.0), ("alpha0.3", 1 / 0.7), ("skew0.2", -0.2 * math.log(0.2)),
+])
+def test_conjugate_is_infinite_beyond_the_largest_slope(name, edge):
+    edge = edge - math.log(2) if name == "softened_reverse_kl" else edge  # sup f' = -log 2 there
+    assert torch.isinf(ROWS[name].conjugate(f64(edge + 0.01)))
+    assert torch.isfinite(ROWS[name].conjugate(f64(edge - 0.01)))
+
+
+@each_row
+@pytest.mark.parametrize(("mean", "std"), [(0.5, 0.9), (-0.8, 1.1)])
+def test_between_is_scipys_integral(name, mean, std):
+    """int q f(p / q) dx between two Gaussians whose chi^2-type integrals exist."""
+    x, cell = line(-14, 14, 6001)
+    got = ROWS[name].between(normal_log_prob(x, mean, std), normal_log_prob(x, 0.0, 1.0), cell)
+    wanted = quad(lambda t: norm.pdf(t) * TEXTBOOK[name](norm.pdf(t, mean, std) / norm.pdf(t)), -14, 14,
+                  epsabs=1e-12, epsrel=1e-10, limit=400)[0]
+    assert float(got) == pytest.approx(wanted, rel=1e-7)
+
+
+def gaussian_kl(m0, s0, m1, s1):
+    return math.log(s1 / s0) + (s0**2 + (m0 - m1) ** 2) / (2 * s1**2) - 0.5
+
+
+def test_kls_of_gaussians_in_closed_form():
+    x, cell = line(-14, 14, 3001)
+    log_p, log_q = normal_log_prob(x, 0.7, 0.8), normal_log_prob(x, -0.3, 1.2)
+    forward, reverse = gaussian_kl(0.7, 0.8, -0.3, 1.2), gaussian_kl(-0.3, 1.2, 0.7, 0.8)
+    assert float(F["forward_kl"].between(log_p, log_q, cell)) == pytest.approx(forward, rel=1e-10)
+    assert float(F["reverse_kl"].between(log_p, log_q, cell)) == pytest.approx(reverse, rel=1e-10)
+    assert float(F["jeffreys"].between(log_p, log_q, cell)) == pytest.approx(forward + reverse, rel=1e-10)
+
+
+@each_row
+def test_categorical_is_the_direct_sum(name):
+    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    p, q = logits.softmax(-1)
+    wanted = torch.stack([(b * textbook(name, a / b)).sum() for a, b in zip(p, q, strict=True)])
+    close(ROWS[name].categorical(*logits), wanted, rtol=1e-9, atol=1e-12)
+    assert (wanted > 0).all()
+    close(ROWS[name].categorical(logits[0], logits[0] + 3.0), torch.zeros(5, dtype=torch.float64), atol=1e-12)
+
+
+@each_row
+def test_categories_that_neither_holds_count_nothing(name):
+    logits = f64([[0.2, -1.0, 0.4], [1.0, 0.3, -0.2]])
+    padded = torch.cat([logits, torch.full((2, 1), -math.inf, dtype=torch.float64)], 1)
+    close(ROWS[name].categorical(*padded), ROWS[name].categorical(*logits))
+
+
+#: lim f(r) at 0 (mass that only q holds) and lim f(r) / r at infinity (mass that only p holds).
+ENDS = {
+    "reverse_kl": (math.inf, 0.0), "forward_kl": (0.0, math.inf), "jensen_shannon": (math.log(2) / 2, math.log(2) / 2),
+    "softened_reverse_kl": (math.inf, -math.log(2) + 0.0), "squared_hellinger": (1.0, 1.0),
+    "jeffreys": (math.inf, math.inf), "pearson": (1.0, math.inf), "neyman": (math.inf, 1.0), "le_cam": (1.0, 1.0),
+    "alpha-1": (math.inf, 0.5), "alpha2": (0.5, math.inf), "alpha0.5": (2.0, 2.0), "alpha3": (1 / 3, math.inf),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_mass_that_only_one_side_holds(name):
+    """-inf logits: D_f = q(empty) f(0) + sum over the shared categories, and likewise f(r) / r at infinity."""
+    at_zero, at_infinity = ENDS[name]
+    a, b = f64([0.0, 0.0, -math.inf]), f64([0.0, 0.0, 0.0])
+    shared = 2 / 3 * TEXTBOOK[name](1.5)
+    close(ROWS[name].categorical(a, b), f64(shared + at_zero / 3))
+    shared = TEXTBOOK[name](2 / 3)
+    close(ROWS[name].categorical(b, a), f64(shared + at_infinity / 3))
+
+
+CUSTOM = {
+    "reverse_kl": lambda r: -torch.log(r),
+    "forward_kl": lambda r: r * torch.log(r),
+    "squared_hellinger": lambda r: (1 - r.sqrt()) ** 2,
+    "pearson": lambda r: (r - 1) ** 2,
+    "le_cam": lambda r: (r - 1) ** 2 / (r + 1),
+    "jeffreys": lambda r: (r - 1) * torch.log(r),
+}
+
+
+@pytest.mark.parametrize("name", CUSTOM)
+def test_from_function_equals_the_closed_row(name):
+    row, custom = ROWS[name], from_function(CUSTOM[name])
+    for method in ("f", "df", "d2f", "weight"):
+        close(getattr(custom, method)(R), getattr(row, method)(R), rtol=1e-8, atol=1e-9)
+    u = row.df(torch.logspace(-1, 1, 9, dtype=torch.float64))
+    close(custom.conjugate(u), row.conjugate(u), rtol=1e-7, atol=1e-7)
+    log_p, log_q = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).log_softmax(-1)
+    close(custom.between(log_p, log_q), row.between(log_p, log_q), rtol=1e-9)
+
+
+@pytest.mark.parametrize(("f", "message"), [
+    (lambda r: torch.log(r), "negative or undefined at r = 0.001"),
+    (lambda r: (r - 1) ** 2 + 0.1, "f\\(1\\) is 0.1; wanted 0"),
+    (lambda r: r - 1, "straight line"),
+    (lambda r: (r - 1) ** 3, "negative or undefined"),
+])
+def test_from_function_refuses_what_is_no_divergence(f, message):
+    with pytest.raises(ValueError, match=message):
+        from_function(f)
+
+
+@pytest.mark.parametrize(("name", "flipped", "factor"), [
+    ("reverse_kl", "forward_kl", 1), ("pearson", "neyman", 1), ("jeffreys", "jeffreys", 1),
+    ("jensen_shannon", "jensen_shannon", 1), ("squared_hellinger", "squared_hellinger", 1), ("le_cam", "le_cam", 1),
+    ("alpha0.5", "squared_hellinger", 2), ("alpha2", "pearson", 0.5), ("alpha-1", "neyman", 0.5),
+    ("skew0.5", "jensen_shannon", 1),
+])
+def test_flips_and_multiples(name, flipped, factor):
+    """f°(u) = u f(1/u) exchanges p and q; the last four are multiples, of rows that are checked as they are."""
+    if factor == 1 and not name.startswith("skew"):
+        close(R * ROWS[name].f(1 / R), ROWS[flipped].f(R), rtol=1e-9)
+    else:
+        close(ROWS[name].f(R), factor * ROWS[flipped].f(R), rtol=1e-9, atol=1e-11)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), scale=st.floats(0.1, 3))
+def test_divergences_are_not_negative_and_swap_their_arguments(seed, scale):
+    p, q = scale * torch.randn(2, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    for row in ROWS.values():
+        assert float(row.categorical(p, q)) >= -1e-12
+    close(F["reverse_kl"].categorical(p, q), F["forward_kl"].categorical(q, p))
+    close(F["pearson"].categorical(p, q), F["neyman"].categorical(q, p), rtol=1e-8, atol=1e-10)
+    assert float(F["jensen_shannon"].categorical(p, q)) <= math.log(2)
+
+
+@pytest.mark.parametrize(("b", "limit"), [(1e-5, "forward_kl"), (1 - 1e-5, "reverse_kl")])
+def test_skew_family_tends_to_the_kls(b, limit):
+    p, q = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    got = skew_jensen_shannon(b).categorical(p, q) / (b * (1 - b))
+    close(got, F[limit].categorical(p, q), rtol=1e-3)
+
+
+@pytest.mark.parametrize("a", [1e-5, 1 - 1e-5])
+def test_alpha_family_is_continuous_at_its_kls(a):
+    p, q = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    close(alpha_divergence(a).categorical(p, q), alpha_divergence(round(a)).categorical(p, q), rtol=1e-4)
+
+
+@each_row
+@pytest.mark.parametrize("log_r", [-80.0, 80.0])
+def test_float32_survives_extreme_ratios(name, log_r):
+    """log h is right to float32's precision at ratios of e^{+-80}; h is finite wherever float32 can hold it."""
+    row, l = ROWS[name], torch.tensor(log_r)
+    log_weight, exact = row.log_weight(l), float(row.log_weight(f64(log_r)))
+    assert float(log_weight) == pytest.approx(exact, rel=1e-5, abs=1e-5)
+    if abs(exact) < 88:
+        direction = row.direction(torch.ones(1, 2), torch.zeros(1, 2), l[None])
+        assert torch.isfinite(direction).all()
+
+
+def test_direction_is_the_weighted_score_gap():
+    p, q = torch.randn(2, 4, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    l = f64([-1.0, 0.0, 0.5, 2.0])
+    close(F["pearson"].direction(p, q, l), 2 * torch.exp(2 * l)[:, None, None] * (p - q))
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: F["pearson"].f(f64([1.0, -0.5])), "r holds -0.5"),
+    (lambda: F["pearson"].weight(f64([-2.0])), "r holds -2"),
+    (lambda: F["pearson"].between(torch.zeros(3), torch.zeros(4)), r"log_p has shape \(3,\) and log_q \(4,\)"),
+    (lambda: F["pearson"].categorical(torch.zeros(3), torch.zeros(4)), "logits_p"),
+    (lambda: F["pearson"].direction(torch.zeros(3, 2), torch.zeros(3, 3), torch.zeros(3)), "score_p"),
+    (lambda: alpha_divergence(math.nan), "a=nan"),
+    (lambda: skew_jensen_shannon(1.0), "b=1.0"),
+    (lambda: skew_jensen_shannon(0.0), "b=0.0"),
+    (lambda: dv.pseudo_huber(0.0), "c=0.0"),
+])
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("distance", [dv.squared_l2(), dv.pseudo_huber(0.1), dv.pseudo_huber(3.0)], ids=lambda d: d.name)
+@pytest.mark.parametrize("shape", [(4, 2), (4, 1, 3, 3)])
+def test_score_distance_gradient_is_autograds(distance, shape):
+    y = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_(True)
+    value = distance.value(y)
+    assert value.shape == (4,)
+    close(distance.gradient(y.detach()), torch.autograd.grad(value.sum(), y)[0])
+
+
+@settings(max_examples=50, deadline=None)
+@given(log_scale=st.floats(-6, 6), log_c=st.floats(-4, 4), seed=st.integers(0, 99))
+def test_pseudo_huber_is_bounded_and_between_its_asymptotes(log_scale, log_c, seed):
+    """|d'| <= 1, and d <= |y| and d <= |y|^2 / 2c: quadratic below c, linear above."""
+    c, y = 10**log_c, torch.randn(3, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    y = 10**log_scale * y
+    d, norm_y = dv.pseudo_huber(c), y.norm(dim=1)
+    assert (d.gradient(y).norm(dim=1) <= 1 + 1e-12).all()
+    slack = 1e-12 * (c + norm_y)
+    assert (d.value(y) <= norm_y + slack).all()
+    assert (d.value(y) <= norm_y.square() / (2 * c) + slack).all()

@@ -1,0 +1,226 @@
+"""Every objective's generator loss has the gradient of the divergence it names: quadrature against autograd."""
+
+import math
+
+import pytest
+import torch
+
+from minidistill import divergences as dv
+from minidistill.distillation import OBJECTIVES, Batch, DistributionMatching, ScoreIdentity, ScoreImplicitMatching
+from minidistill.distillation.matching import ratio_loss
+from minidistill.distributions import GaussianMixture, ring
+from minidistill.networks import MLP, Correction, Denoiser, Discriminator, Generator
+from minidistill.score_matching import log_uniform_sigma
+from tests.helpers import f64, line, mixture_1d, normal_log_prob, normal_pairs
+
+A, B = 0.95, 0.2  # the student x0 = a z + b: wide enough for Pearson's integral, narrow enough for Neyman's
+ROWS = {**dv.F, "alpha": dv.alpha_divergence(0.3), "skew": dv.skew_jensen_shannon(0.25)}
+DISTANCES = {"squared_l2": dv.squared_l2(), "pseudo_huber": dv.pseudo_huber(0.3)}
+
+
+def student_denoiser(x, a, b, sigma):
+    """E[x0 | x] of the Gaussian student N(b, a^2)."""
+    return b + a**2 / (a**2 + sigma**2) * (x - b)
+
+
+def loss_gradient(objective, target, sigma, student=(A, B)):
+    """d/d(a, b) of the expected generator loss, by quadrature over z and the noise. Fake network and ratio are
+    exact and frozen, as the trained ones are."""
+    a, b = (f64(value).requires_grad_(True) for value in student)
+    z, e, weight = normal_pairs()
+    a0, b0 = a.detach(), b.detach()
+    p = target.noised(sigma)
+
+    def log_ratio(x, s, label):
+        return p.log_prob(x) - normal_log_prob(x.flatten(), b0, (a0**2 + sigma**2).sqrt())
+
+    batch = Batch(
+        x0=(a * z + b)[:, None], sigma=torch.full_like(z, sigma), noise=e[:, None],
+        teacher=lambda x, s, label: target(x, sigma), fake=lambda x, s, label: student_denoiser(x, a0, b0, sigma),
+        ratio=log_ratio,
+    )
+    loss = objective.generator_loss(batch)
+    assert loss.shape == z.shape
+    return torch.stack(torch.autograd.grad((weight * loss).sum(), (a, b)))
+
+
+def exact_gradient(value):
+    """d/d(a, b) of value(x, a, b, cell), a sum over a fine grid x."""
+    a, b = (f64(v).requires_grad_(True) for v in (A, B))
+    x, cell = line(-16, 16, 6401)
+    return torch.stack(torch.autograd.grad(value(x, a, b, cell), (a, b)))
+
+
+def relative_error(got, wanted):
+    return float((got - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("sigma", [0.4, 1.0])
+@pytest.mark.parametrize("kind", ["two", "three"])
+@pytest.mark.parametrize("name", ROWS)
+def test_distribution_matching_has_the_divergences_gradient(name, kind, sigma):
+    """grad of the package's loss / sigma^2 = grad of D_f(p_sigma || q_sigma) (f-distill, theorem 1)."""
+    row, target = ROWS[name], mixture_1d(kind)
+    log_p = target.noised(sigma).log_prob
+
+    def divergence(x, a, b, cell):
+        return row.between(log_p(x[:, None]), normal_log_prob(x, b, (a**2 + sigma**2).sqrt()), cell)
+
+    got = loss_gradient(DistributionMatching(row, normalise=False), target, sigma) / sigma**2
+    assert relative_error(got, exact_gradient(divergence)) < 1e-6
+
+
+def score_divergence(distance, target, sigma, frozen_law):
+    def value(x, a, b, cell):
+        gap = (student_denoiser(x, a, b, sigma) - target(x[:, None], sigma).flatten())[:, None]
+        law = normal_log_prob(x, b, (a**2 + sigma**2).sqrt()).exp()
+        return ((law.detach() if frozen_law else law) * distance.value(gap)).sum() * cell
+
+    return exact_gradient(value)
+
+
+@pytest.mark.parametrize("sigma", [0.4, 1.0])
+@pytest.mark.parametrize("kind", ["two", "three"])
+@pytest.mark.parametrize("name", DISTANCES)
+def test_sim_has_the_gradient_with_the_law_frozen(name, kind, sigma):
+    """grad E_{sg[q]} d(D_q - D_p) (Luo 2024, theorem 3.1), and not the gradient with the law free."""
+    target, distance = mixture_1d(kind), DISTANCES[name]
+    got = loss_gradient(ScoreImplicitMatching(distance), target, sigma)
+    assert relative_error(got, score_divergence(distance, target, sigma, frozen_law=True)) < 1e-8
+    assert relative_error(got, score_divergence(distance, target, sigma, frozen_law=False)) > 1e-2
+
+
+@pytest.mark.parametrize("sigma", [0.4, 1.0])
+@pytest.mark.parametrize("kind", ["two", "three"])
+@pytest.mark.parametrize(("alpha", "fisher", "sim"), [
+    (0.5, True, False), (1.0, False, True), (0.0, False, False), (1.2, False, False),
+])
+def test_score_identity_is_fisher_at_a_half_and_sim_at_one(alpha, fisher, sim, kind, sigma):
+    """Twice its gradient equals that of E_q |D_p - D_q|^2 at alpha = 1/2, SIM's at 1, and neither elsewhere."""
+    target = mixture_1d(kind)
+    got = 2 * loss_gradient(ScoreIdentity(alpha, normalise=False), target, sigma)
+    exact = score_divergence(dv.squared_l2(), target, sigma, frozen_law=False)
+    matching = loss_gradient(ScoreImplicitMatching(dv.squared_l2()), target, sigma)
+    for error, equal in ((relative_error(got, exact), fisher), (relative_error(got, matching), sim)):
+        assert error < 1e-8 if equal else error > 1e-3
+
+
+def test_diff_instruct_is_reverse_kl_without_the_normaliser():
+    target = mixture_1d()
+    plain = DistributionMatching(dv.F["reverse_kl"], normalise=False)
+    got = loss_gradient(OBJECTIVES["diff_instruct"], target, 0.5)
+    assert torch.equal(got, loss_gradient(plain, target, 0.5))
+    assert relative_error(loss_gradient(OBJECTIVES["reverse_kl"], target, 0.5), got) > 1e-2
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_gradient_vanishes_at_the_target(name):
+    target = GaussianMixture(f64([[B]]), A)
+    gradient = loss_gradient(OBJECTIVES[name], target, 0.6)
+    assert gradient.abs().max() < 1e-12
+    assert loss_gradient(OBJECTIVES[name], target, 0.6, (A, B + 0.1)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_pulls_the_mean_towards_the_target(name):
+    """A student displaced upwards is moved down: the loss grows with b."""
+    target = GaussianMixture(f64([[B]]), A)
+    assert loss_gradient(OBJECTIVES[name], target, 0.6, (A, B + 0.3))[1] > 0
+    assert loss_gradient(OBJECTIVES[name], target, 0.6, (A, B - 0.3))[1] < 0
+
+
+@pytest.mark.parametrize("row", [*ROWS.values(), dv.alpha_divergence(0.0)], ids=lambda row: row.name)
+def test_only_reverse_kl_needs_no_ratio(row):
+    assert DistributionMatching(row).needs_ratio == (row.name not in ("reverse_kl", "alpha(0)"))
+
+
+def tiny_batch(rng):
+    target, n = ring(), 32
+    torch.manual_seed(0)
+    generator = Generator(Denoiser(MLP((2,), hidden=8, depth=1), 1.0), 2.0)
+    batch = Batch(
+        generator(torch.randn(n, 2, generator=rng)), log_uniform_sigma(n, 0.05, 5.0, rng, "cpu"),
+        torch.randn(n, 2, generator=rng), target, Correction(target, MLP((2,), hidden=8, depth=1), 1.0),
+        ratio=Discriminator(MLP((2,), hidden=8, depth=1, out_features=1), 1.0), real=target.sample(n, rng),
+    )
+    return batch, generator
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_losses_are_finite_one_a_sample_and_reach_their_networks(name):
+    objective = OBJECTIVES[name]
+    batch, generator = tiny_batch(torch.Generator().manual_seed(0))
+    if name in ("sim", "sim_l2", "sid", "fisher"):  # a Correction starts as the teacher: nothing to learn there
+        torch.nn.init.normal_(batch.fake.denoiser.network.outward.weight)
+    generator_loss = objective.generator_loss(batch)
+    batch.x0 = batch.x0.detach()
+    critic_loss = objective.critic_loss(batch)
+    for loss in (generator_loss, critic_loss):
+        assert loss.shape == (32,)
+        assert torch.isfinite(loss).all()
+    critic = [batch.fake.denoiser.network.outward.weight]
+    if objective.needs_ratio:
+        critic.append(batch.ratio.network.outward.weight)
+    for gradient in torch.autograd.grad(critic_loss.mean(), critic):
+        assert gradient.abs().max() > 0
+    batch, generator = tiny_batch(torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(batch.fake.denoiser.network.outward.weight)
+    for gradient in torch.autograd.grad(objective.generator_loss(batch).mean(), list(generator.parameters())):
+        assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("probe", [torch.ones_like, lambda x: x, lambda x: x**2, torch.sin], ids=["1", "x", "x^2", "sin"])
+def test_the_exact_log_ratio_minimises_ratio_loss(probe):
+    """Derivative zero and curvature positive along every probe, by quadrature; nonzero beside the minimiser."""
+    z, e, weight = normal_pairs(reach=9.0)
+    sigma, p_mean, p_std = 0.5, 0.4, 0.7
+
+    def exact(x):
+        p_wide, q_wide = math.hypot(p_std, sigma), math.hypot(A, sigma)
+        return normal_log_prob(x, p_mean, p_wide) - normal_log_prob(x, B, q_wide)
+
+    def derivatives(offset):
+        step = f64(0.0).requires_grad_(True)
+        batch = Batch(
+            (A * z + B)[:, None], torch.full_like(z, sigma), e[:, None], None, None, real=(p_std * z + p_mean)[:, None],
+            ratio=lambda x, s, label: (exact(x) + offset + step * probe(x)).flatten(),
+        )
+        first = torch.autograd.grad((weight * ratio_loss(batch)).sum(), step, create_graph=True)[0]
+        return float(first.detach()), float(torch.autograd.grad(first, step)[0])
+
+    first, second = derivatives(0.0)
+    assert abs(first) < 1e-10
+    assert second > 1e-3
+    assert abs(derivatives(0.2)[0]) > 1e-3
+
+
+def test_a_trained_discriminator_tracks_the_log_ratio():
+    """Correlation above 0.95 with the exact log p_sigma / q_sigma over log-uniform noise levels, and slope near 1."""
+    p, q = ring(k=4, radius=1.0, std=0.4), ring(k=3, radius=1.0, std=0.5)
+    rng = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    ratio = Discriminator(MLP((2,), hidden=64, out_features=1), 0.8)
+    steps, n = 1500, 512
+    optimizer = torch.optim.Adam(ratio.parameters(), 3e-3)
+
+    def batch_of(n):
+        sigma = log_uniform_sigma(n, 0.05, 2.0, rng, "cpu")
+        return Batch(q.sample(n, rng), sigma, torch.randn(n, 2, generator=rng), p, q, ratio=ratio, real=p.sample(n, rng))
+
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
+        loss = ratio_loss(batch_of(n)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    batch = batch_of(2000)
+    with torch.no_grad():
+        got = ratio(batch.xt, batch.sigma)
+    exact = torch.cat([
+        p.noised(float(s)).log_prob(x[None]) - q.noised(float(s)).log_prob(x[None])
+        for s, x in zip(batch.sigma, batch.xt, strict=True)
+    ])
+    correlation = float(torch.corrcoef(torch.stack([got, exact]))[0, 1])
+    slope = float(torch.cov(torch.stack([got, exact]))[0, 1] / exact.var())
+    assert correlation > 0.95
+    assert 0.7 < slope < 1.2

@@ -1,0 +1,70 @@
+"""Each exercise's check accepts the solution, refuses wrong answers, and never raises."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minidistill import check
+
+_spec = importlib.util.spec_from_file_location("solutions", Path(__file__).parents[1] / "tutorials" / "solutions.py")
+assert _spec is not None
+assert _spec.loader is not None
+solutions = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(solutions)
+
+
+def _forgot_normaliser(x, means, stds, weights):
+    offset = means - x[:, None]
+    responsibility = (weights.log() - (offset**2).sum(2) / (2 * stds**2)).softmax(1)
+    return (responsibility[:, :, None] * offset / stds[:, None] ** 2).sum(1)
+
+
+WRONG: dict[str, list[Callable[..., Any]]] = {
+    "one_call": [lambda d, z, s: d(z, s), lambda d, z, s: s * z - s * (s * z - d(s * z, s))],
+    "score_gap": [lambda p, q, s: (q - p) / s[:, None] ** 2, lambda p, q, s: (p - q) / s[:, None]],
+    "mixture_score": [_forgot_normaliser, lambda *a: -solutions.mixture_score(*a)],
+    "tweedie": [lambda f, x, s: x + s * f(x), lambda f, x, s: s**2 * f(x)],
+    "langevin_share": [lambda start, weight: weight, lambda start, weight: (start + weight) / 2],
+}
+CASES = [(name, wrong) for name, answers in WRONG.items() for wrong in answers]
+
+
+def _says(capsys):
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_solution_passes(name, capsys):
+    assert getattr(check, name)(getattr(solutions, name)) is True
+    assert _says(capsys).endswith(": correct")
+
+
+@pytest.mark.parametrize(("name", "wrong"), CASES)
+def test_wrong_answer_fails_with_expected_and_got(name, wrong, capsys):
+    assert getattr(check, name)(wrong) is False
+    line = _says(capsys)
+    assert "expected" in line
+    assert "got" in line
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize(
+    ("stub", "text"),
+    [(lambda *a: ..., "not attempted yet"), (lambda *a: None, "not attempted yet"), (lambda: 0, "raised TypeError"),
+     (lambda *a: "text", "expected numbers"), (None, "raised TypeError"), (lambda *a: [[1.0]] * 7, "expected shape"),
+     (lambda *a: float("nan"), "expected")],
+)
+def test_check_never_raises(name, stub, text, capsys):
+    assert getattr(check, name)(stub) is False
+    assert text in _says(capsys)
+
+
+def test_every_solution_has_a_check_and_wrong_answers():
+    defined = {name for name, value in vars(solutions).items() if callable(value)}
+    assert defined == set(WRONG)
+    assert all(len(answers) >= 2 for answers in WRONG.values())

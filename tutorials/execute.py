@@ -1,0 +1,40 @@
+"""Execute notebooks in place, reproducibly: `python tutorials/execute.py [names]`, by default all of them.
+
+The environment is fixed (cpu scale, one thread), and what changes from run to run (stderr, progress bars,
+widget state, timestamps) is stripped.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+HERE = Path(__file__).resolve().parent
+FIXED = {
+    "MINIDISTILL_SCALE": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONHASHSEED": "0",
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONPATH": str(HERE.parent),
+}
+
+
+def strip(notebook):
+    """Remove from an executed notebook what is not reproducible."""
+    notebook.metadata.pop("widgets", None)
+    notebook.metadata.get("language_info", {}).pop("version", None)
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"
+                            and not any("widget" in mime for mime in out.get("data", {}))]
+
+
+if __name__ == "__main__":
+    os.environ.update(FIXED)
+    for path in [HERE / f"{Path(name).stem}.ipynb" for name in sys.argv[1:]] or sorted(HERE.glob("*.ipynb")):
+        print(path.name, flush=True)
+        notebook = nbformat.read(path, as_version=4)
+        NotebookClient(notebook, kernel_name="python3", timeout=1800, resources={"metadata": {"path": str(HERE)}},
+                       record_timing=False).execute()
+        strip(notebook)
+        nbformat.write(notebook, path)
