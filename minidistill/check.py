@@ -62,7 +62,8 @@ def langevin_share(f: Callable[..., Any]) -> bool:
 def claims(rows: Sequence[tuple[str, str, bool | str]]) -> None:
     """Print rows of (claim of the paper, what we measured, whether it holds) as an aligned table."""
     table = [("claim of the paper", "what we measured", "holds?")]
-    table += [(claim, seen, holds if isinstance(holds, str) else "yes" if holds else "no") for claim, seen, holds in rows]
+    word = {True: "yes", False: "no"}
+    table += [(claim, seen, holds if isinstance(holds, str) else word[holds]) for claim, seen, holds in rows]
     first, second = (max(len(row[i]) for row in table) for i in (0, 1))
     for claim, seen, holds in table:
         print(f"{claim:<{first}} | {seen:<{second}} | {holds}")

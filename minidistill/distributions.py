@@ -41,12 +41,12 @@ class GaussianMixture:
         k, d = self.means.shape[0], self.means[0].numel()
         if self.means.ndim != 2:
             raise ValueError(f"means has shape {tuple(self.means.shape)}; wanted (k, d)")
-        weights = torch.ones(k) if weights is None else torch.as_tensor(weights)
-        weights = weights.to(self.means)
+        weights = torch.ones(k) if weights is None else weights
+        weights = torch.as_tensor(weights, dtype=self.means.dtype, device=self.means.device)
         if weights.shape != (k,) or not torch.isfinite(weights).all() or not (weights > 0).all():
             raise ValueError(f"weights={weights.tolist()}: wanted {k} positive numbers")
         self.weights = weights / weights.sum()
-        spread = torch.as_tensor(stds_or_covs).to(self.means)
+        spread = torch.as_tensor(stds_or_covs, dtype=self.means.dtype, device=self.means.device)
         _validate.finite("stds_or_covs", spread)
         # Noise adds sigma^2 to every eigenvalue and leaves the axes alone, so one eigendecomposition
         # serves all noise levels. `_axes is None` means that the axes are the coordinates'.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -76,7 +76,7 @@ def field(
 
 
 def curves(
-    series: dict[str, tuple[Sequence[float], Sequence[float]]], ax: Axes | None = None, *, xlabel: str = "step",
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], ax: Axes | None = None, *, xlabel: str = "step",
     ylabel: str = "KL(p || q), nats", log: bool = True, goal: float | None = None,
 ) -> Axes:
     """Named lines (x values, y values), each with its own colour and dash pattern, logarithmic in y."""

@@ -232,6 +232,6 @@ def _table(results: dict[str, Any]) -> str:
         for who in ("teacher", "student"):
             d = results["digits"][who]
             ratio = d["frechet"] / results["digits"]["teacher"]["frechet"]
-            lines.append(row(who, str(d["calls"]), f"{d['frechet']:.3f}", f"{ratio:.2f} x", f"{d['recognised']:.1%}", "",
-                             f"{d['seconds']:.0f}"))
+            cells = (f"{d['frechet']:.3f}", f"{ratio:.2f} x", f"{d['recognised']:.1%}", "", f"{d['seconds']:.0f}")
+            lines.append(row(who, str(d["calls"]), *cells))
     return "\n".join(lines)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import quad
+from scipy.optimize import minimize_scalar
 from scipy.special import lambertw
 from scipy.stats import norm
 
@@ -104,14 +105,22 @@ def test_fenchel_young_inequality(name, u, log_r):
 @each_row
 def test_bisection_finds_the_closed_conjugate(name):
     row = ROWS[name]
-    if row.dual is None:  # Jeffreys': 1/r = W(e^(1-u))
-        u = torch.linspace(-3, 5, 17, dtype=torch.float64)
-        r = f64([float(1 / lambertw(math.exp(1 - float(v))).real) for v in u])
-        wanted = u * r - (r - 1) * r.log()
+    u = row.df(torch.logspace(-2, 2, 31, dtype=torch.float64))
+    if row.dual is None:  # the supremum, searched for by scipy over log r
+        wanted = f64([
+            -minimize_scalar(lambda l, v=float(v): TEXTBOOK[name](math.exp(l)) - v * math.exp(l), bounds=(-8, 8),
+                             method="bounded", options={"xatol": 1e-10}).fun for v in u
+        ])
     else:
-        u = row.df(torch.logspace(-2, 2, 31, dtype=torch.float64))
         wanted = row.conjugate(u)
     close(dv._conjugate_by_bisection(row, u), wanted, rtol=1e-8, atol=1e-8)
+
+
+def test_jeffreys_conjugate_is_lamberts():
+    """f'(r) = u is 1/r = W(e^(1-u))."""
+    u = torch.linspace(-3, 5, 17, dtype=torch.float64)
+    r = f64([float(1 / lambertw(math.exp(1 - float(v))).real) for v in u])
+    close(F["jeffreys"].conjugate(u), u * r - (r - 1) * r.log(), rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize(("name", "edge"), [

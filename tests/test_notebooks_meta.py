@@ -28,6 +28,7 @@ def test_executed_and_compared(notebook):
         assert cell.execution_count, f"not executed: {cell.source[:60]}"  # nbval would skip it silently
         if "nbval-check-output" in cell.metadata.get("tags", []):
             assert cell.outputs, f"compared, but prints nothing: {cell.source[:60]}"
+            assert {out.output_type for out in cell.outputs} == {"stream"}, "a compared cell prints text only"
 
 
 def test_outputs_are_clean(notebook):

@@ -74,7 +74,7 @@ def chain_moments(name, sigmas):
 @pytest.mark.parametrize("name", STOCHASTIC)
 def test_stochastic_solvers_reproduce_a_gaussian(name):
     """Within 4 standard errors of the discrete chain's exact moments, whose own bias is below 3%."""
-    n, sigmas = 20_000, levels(100, 0.01, 40.0)
+    n, sigmas = 20_000, levels(400, 0.01, 40.0)
     x = SOLVERS[name](TARGET, start(n, 40.0, seed=1), sigmas, generator=torch.Generator().manual_seed(2),
                       **STOCHASTIC[name])
     mean, variance = chain_moments(name, sigmas)

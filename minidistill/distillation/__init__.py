@@ -49,7 +49,7 @@ def distill(
     sigma_init: float | None = None,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
-    ema_halflife: float = 50_000,
+    ema_halflife: float = 100_000,
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool = True,
@@ -73,8 +73,8 @@ def distill(
         critic_steps: updates of the fake network (and the ratio) for each update of the generator.
         sigma_init: noise level at which the student reads its input, G(z) = D(sigma_init z, sigma_init).
         sigma_min, sigma_max: range of the noise levels, log-uniform. Defaults are multiples of the data's
-            standard deviation: 0.035 and 3.5; `sigma_init` 1.5 for a student that starts from a trained teacher, 0.5 for a
-            new one.
+            standard deviation: 0.035 and 5; `sigma_init` 1.5 for a student that starts from a trained teacher,
+            0.5 for a new one.
         ema_halflife: of the generator's average, in samples.
         evaluate: called on the averaged generator every `evaluate_every` steps; its numbers join the history.
         checkpoint, resume: as in `training.fit`.
@@ -101,7 +101,7 @@ def distill(
         _validate.labels("labels", labels, len(data), n_classes)
     sigma_data = _sigma_data_of(teacher, generator, data)
     sigma_min = 0.035 * sigma_data if sigma_min is None else sigma_min
-    sigma_max = 3.5 * sigma_data if sigma_max is None else sigma_max
+    sigma_max = 5.0 * sigma_data if sigma_max is None else sigma_max
     if sigma_init is None:
         sigma_init = (1.5 if isinstance(teacher, Denoiser) else 0.5) * sigma_data
     for name, value in (
