@@ -196,12 +196,10 @@ def alpha_divergence(a: float) -> FDivergence:
         value = (w.clamp(min=0) ** (a / (a - 1)) - 1) / a
         return value if a > 1 else _where(u, w >= 0, value, math.inf)
 
-    def log_power(p: Tensor, q: Tensor) -> Tensor:  # of p^a q^(1-a), and 0 where neither has mass
-        return a * p + (1 - a) * q if 0 < a < 1 else p + (a - 1) * _gap(p, q) if a > 1 else q + a * _gap(p, q)
-
     return FDivergence(
         f"alpha({a:g})",
-        lambda p, q: (torch.exp(log_power(p, q)) - a * p.exp() - (1 - a) * q.exp()) / (a * (a - 1)),
+        lambda p, q: (torch.exp(torch.where(torch.maximum(p, q) == -math.inf, p, a * p + (1 - a) * q))
+                      - a * p.exp() - (1 - a) * q.exp()) / (a * (a - 1)),
         lambda l: torch.expm1((a - 1) * l) / (a - 1),
         lambda l: a * l,
         dual,

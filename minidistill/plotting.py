@@ -12,6 +12,7 @@ import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from torch import Tensor
 
 from minidistill import _validate, checkpoints
@@ -89,6 +90,7 @@ def curves(
     if log:
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend()
     return ax

@@ -84,9 +84,9 @@ def fit(
             losses = update(state)
             state.step += 1
             bar.update()
-            last = state.step == steps
+            last, stopping = state.step == steps, stopped.is_set()  # read once: a Ctrl-C may come at any time
             record: dict[str, float] = {}
-            saving = path is not None and (state.step % checkpoint_every == 0 or last or stopped.is_set())
+            saving = path is not None and (state.step % checkpoint_every == 0 or last or stopping)
             if state.step % log_every == 0 or last or saving:  # a state with NaNs is never saved
                 record = {name: float(value) for name, value in losses.items()}
                 _refuse_non_finite(record, state.step)
@@ -98,17 +98,14 @@ def fit(
                 bar.set_postfix({name: f"{value:.3g}" for name, value in record.items()})
             if path is not None and saving:
                 save_state(path, state)
-            if stopped.is_set():
+            if stopping or (last and stopped.is_set()):
                 saved = f"; saved in {path}" if path else ""
                 raise KeyboardInterrupt(f"stopped at step {state.step} of {steps}{saved}")
     return state
 
 
-def optimizer_step(
-    loss: Tensor, optimizer: torch.optim.Optimizer, clip: float | None = None
-) -> None:
-    """Backward pass of a scalar loss and one update of the optimizer's parameters, the gradient's norm clipped at
-    `clip`."""
+def optimizer_step(loss: Tensor, optimizer: torch.optim.Optimizer, clip: float | None = None) -> None:
+    """Backward pass of a scalar loss and one update of the optimizer's parameters, the gradient's norm clipped."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     grads = torch.autograd.grad(loss, parameters)  # only these: a generator's loss leaves the fake network alone
     for parameter, grad in zip(parameters, grads, strict=True):

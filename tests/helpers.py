@@ -28,7 +28,8 @@ def normal_pairs(reach=12.0, n=201):
 
 
 def normal_log_prob(x, mean, std):
-    return -0.5 * ((x - mean) / std) ** 2 - torch.log(torch.as_tensor(std, dtype=torch.float64)) - 0.5 * math.log(2 * math.pi)
+    log_std = torch.log(torch.as_tensor(std, dtype=torch.float64))
+    return -0.5 * ((x - mean) / std) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
 
 
 def mixture_1d(kind="two"):

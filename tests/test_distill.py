@@ -1,5 +1,7 @@
 """`distill` from end to end: it learns, starts where it should, repeats itself, and refuses bad input early."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from minidistill.networks import MLP, Correction, Denoiser, Generator
 from minidistill.teachers import train_denoiser
 from tests.helpers import small_denoiser, small_ring, states_equal
 
-QUICK = {"steps": 3, "batch_size": 8, "progress": False}
+QUICK: dict[str, Any] = {"steps": 3, "batch_size": 8, "progress": False}
 
 
 def small_generator(n_classes=0):
@@ -81,6 +83,7 @@ def test_student_and_fake_start_from_a_trained_teachers_weights(class_teacher):
     assert all(parameter.requires_grad for parameter in [*run.generator.parameters(), *run.fake.parameters()])
     out = distill(teacher, objective="forward_kl", data=x, labels=label, learning_rate=1e-2, **QUICK)
     assert states_equal(teacher.state_dict(), before)
+    assert isinstance(out.teacher, Denoiser)
     assert states_equal(out.teacher.state_dict(), before)
     assert not states_equal(out.generator.denoiser.state_dict(), before)
     assert not states_equal(out.fake.state_dict(), before)

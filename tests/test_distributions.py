@@ -196,7 +196,8 @@ def inside_region(name, x):
         return upper | lower
     if name == "swiss_roll":  # radius = 2 angle / (4.5 pi), angle from 1.5 pi to 4.5 pi
         turned = radius * 4.5 * math.pi / 2
-        return ((x / radius[:, None] - torch.stack([turned.cos(), turned.sin()], 1)).norm(dim=1) < 1e-3) & (radius <= 2.001)
+        direction = torch.stack([turned.cos(), turned.sin()], 1)
+        return ((x / radius[:, None] - direction).norm(dim=1) < 1e-3) & (radius <= 2.001)
     arm = math.pi * radius  # spirals: radius 2t, angle 2 pi t, and the same turned by pi
     direction = torch.stack([arm.cos(), arm.sin()], 1)
     return (torch.minimum((x - radius[:, None] * direction).norm(dim=1),

@@ -47,7 +47,6 @@ TEXTBOOK = {
     **{f"alpha{a:g}": alpha(a) for a in ALPHAS},
     **{f"skew{b:g}": skew(b) for b in (0.2, 0.5)},
 }
-#: The same with torch operations, for autograd.
 R = torch.logspace(-2.5, 2.5, 41, dtype=torch.float64)
 each_row = pytest.mark.parametrize("name", ROWS)
 
@@ -71,7 +70,6 @@ def test_slope_and_curvature_are_autograds(name):
     row, r = ROWS[name], R.clone().requires_grad_(True)
     first = torch.autograd.grad(row.f(r).sum(), r, create_graph=True)[0]
     second = torch.autograd.grad(first.sum(), r)[0]
-    # alpha = 0, 1 and the KLs are tested as they are; a row's f may differ from another's by c (r - 1) only
     close(row.df(R), first.detach(), rtol=1e-8, atol=1e-9)
     close(row.d2f(R), second, rtol=1e-7, atol=1e-9)
 
@@ -125,7 +123,8 @@ def test_jeffreys_conjugate_is_lamberts():
 
 @pytest.mark.parametrize(("name", "edge"), [
     ("reverse_kl", 0.0), ("jensen_shannon", math.log(2) / 2), ("softened_reverse_kl", 0.0),
-    ("squared_hellinger", 1.0), ("neyman", 1.0), ("le_cam", 1.0), ("alpha0.3", 1 / 0.7), ("skew0.2", -0.2 * math.log(0.2)),
+    ("squared_hellinger", 1.0), ("neyman", 1.0), ("le_cam", 1.0), ("alpha0.3", 1 / 0.7),
+    ("skew0.2", -0.2 * math.log(0.2)),
 ])
 def test_conjugate_is_infinite_beyond_the_largest_slope(name, edge):
     edge = edge - math.log(2) if name == "softened_reverse_kl" else edge  # sup f' = -log 2 there
@@ -233,7 +232,7 @@ def test_from_function_refuses_what_is_no_divergence(f, message):
     ("skew0.5", "jensen_shannon", 1),
 ])
 def test_flips_and_multiples(name, flipped, factor):
-    """f°(u) = u f(1/u) exchanges p and q; the last four are multiples, of rows that are checked as they are."""
+    """f°(u) = u f(1/u) exchanges p and q; the last four are multiples of other rows."""
     if factor == 1 and not name.startswith("skew"):
         close(R * ROWS[name].f(1 / R), ROWS[flipped].f(R), rtol=1e-9)
     else:
@@ -298,7 +297,10 @@ def test_bad_arguments_are_named(call, message):
         call()
 
 
-@pytest.mark.parametrize("distance", [dv.squared_l2(), dv.pseudo_huber(0.1), dv.pseudo_huber(3.0)], ids=lambda d: d.name)
+DISTANCES = [dv.squared_l2(), dv.pseudo_huber(0.1), dv.pseudo_huber(3.0)]
+
+
+@pytest.mark.parametrize("distance", DISTANCES, ids=lambda d: d.name)
 @pytest.mark.parametrize("shape", [(4, 2), (4, 1, 3, 3)])
 def test_score_distance_gradient_is_autograds(distance, shape):
     y = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_(True)

@@ -1,6 +1,7 @@
 """Networks: EDM's preconditioning, shapes, gradients, the fake network's start, and input checks."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_network_input_and_target_have_unit_variance(sigma):
 
 def test_denoiser_tends_to_the_identity_without_noise():
     x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
-    gaps = [float((small_denoiser()(x, s) - x).abs().max()) for s in (1e-1, 1e-3, 1e-5)]
+    gaps = [float((small_denoiser()(x, s) - x).detach().abs().max()) for s in (1e-1, 1e-3, 1e-5)]
     assert gaps[1] < 0.1 * gaps[0]
     assert gaps[2] < 1e-4
 
@@ -77,12 +78,13 @@ def test_discriminator_gives_one_logit_a_sample_at_its_own_level():
 def test_correction_starts_as_its_teacher_and_does_not_hold_it():
     """Equal to the teacher at first; not after a change; the teacher's weights are neither saved nor trained."""
     teacher = small_denoiser(seed=1)
-    fake = Correction(teacher, MLP((2,), hidden=8, depth=1), 0.7)
+    network = MLP((2,), hidden=8, depth=1)
+    fake = Correction(teacher, network, 0.7)
     x, sigma = torch.randn(5, 2), torch.tensor([0.05, 0.3, 1.0, 5.0, 30.0])
     torch.testing.assert_close(fake(x, sigma), teacher(x, sigma), rtol=1e-5, atol=1e-5)
     assert all(key.startswith("denoiser.network.") for key in fake.state_dict())
     assert not {id(p) for p in fake.parameters()} & {id(p) for p in teacher.parameters()}
-    nn.init.constant_(fake.denoiser.network.outward.bias, 1.0)
+    nn.init.constant_(network.outward.bias, 1.0)
     gap = fake(x, sigma) - teacher(x, sigma)  # F = 1 adds c_out
     c_out = sigma * 0.7 / (sigma**2 + 0.7**2).sqrt()
     torch.testing.assert_close(gap, c_out[:, None].expand(5, 2), rtol=1e-4, atol=1e-4)
@@ -94,11 +96,12 @@ def test_correction_of_an_exact_mixture():
     torch.testing.assert_close(fake(x, 0.5), target(x, 0.5), rtol=1e-5, atol=1e-5)
 
 
-UNETS = {
+UNETS: dict[str, dict[str, Any]] = {
     "8x8x1": {"shape": (1, 8, 8), "channels": 8, "blocks": 1},
     "attention": {"shape": (1, 8, 8), "channels": 8, "blocks": 1, "attention": (8, 4)},
     "classes": {"shape": (1, 8, 8), "channels": 8, "blocks": 2, "n_classes": 10},
-    "32x32x3": {"shape": (3, 32, 32), "channels": 8, "multipliers": (1, 2, 2), "blocks": 1, "attention": (8,), "n_classes": 3},
+    "32x32x3": {"shape": (3, 32, 32), "channels": 8, "multipliers": (1, 2, 2), "blocks": 1, "attention": (8,),
+                "n_classes": 3},
     "heads": {"shape": (2, 8, 4), "channels": 128, "multipliers": (1,), "blocks": 1},
 }
 

@@ -169,7 +169,10 @@ def test_losses_are_finite_one_a_sample_and_reach_their_networks(name):
         assert torch.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("probe", [torch.ones_like, lambda x: x, lambda x: x**2, torch.sin], ids=["1", "x", "x^2", "sin"])
+PROBES = {"1": torch.ones_like, "x": lambda x: x, "x^2": torch.square, "sin": torch.sin}
+
+
+@pytest.mark.parametrize("probe", PROBES.values(), ids=PROBES)
 def test_the_exact_log_ratio_minimises_ratio_loss(probe):
     """Derivative zero and curvature positive along every probe, by quadrature; nonzero beside the minimiser."""
     z, e, weight = normal_pairs(reach=9.0)
@@ -182,7 +185,8 @@ def test_the_exact_log_ratio_minimises_ratio_loss(probe):
     def derivatives(offset):
         step = f64(0.0).requires_grad_(True)
         batch = Batch(
-            (A * z + B)[:, None], torch.full_like(z, sigma), e[:, None], None, None, real=(p_std * z + p_mean)[:, None],
+            (A * z + B)[:, None], torch.full_like(z, sigma), e[:, None], mixture_1d(), mixture_1d(),
+            real=(p_std * z + p_mean)[:, None],
             ratio=lambda x, s, label: (exact(x) + offset + step * probe(x)).flatten(),
         )
         first = torch.autograd.grad((weight * ratio_loss(batch)).sum(), step, create_graph=True)[0]
@@ -205,7 +209,8 @@ def test_a_trained_discriminator_tracks_the_log_ratio():
 
     def batch_of(n):
         sigma = log_uniform_sigma(n, 0.05, 2.0, rng, "cpu")
-        return Batch(q.sample(n, rng), sigma, torch.randn(n, 2, generator=rng), p, q, ratio=ratio, real=p.sample(n, rng))
+        noise = torch.randn(n, 2, generator=rng)
+        return Batch(q.sample(n, rng), sigma, noise, p, q, ratio=ratio, real=p.sample(n, rng))
 
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)

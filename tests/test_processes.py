@@ -15,11 +15,9 @@ from tests.helpers import f64, mixture_2d
 TIMES = torch.linspace(0.01, 1.0, 25, dtype=torch.float64)
 PAIRS = list(itertools.product(processes.TO_X0, repeat=2))
 BETA = (0.1, 20.0)
-TIGHT = {"rtol": 1e-10, "atol": 1e-10}
-
 
 def close(a, b):
-    torch.testing.assert_close(a, b, **TIGHT)
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_vp_preserves_variance_at_all_times():

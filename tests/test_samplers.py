@@ -1,6 +1,8 @@
 """Solvers against the closed-form flow of a Gaussian, their orders, calls, noise and errors."""
 
+import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from tests.helpers import f64, mixture_2d
 
 MU, STD = 0.5, 0.8
 TARGET = GaussianMixture(f64([[MU]]), STD)
-STOCHASTIC = {"euler_maruyama": {}, "ddim": {"eta": 1.0}}
+STOCHASTIC: dict[str, dict[str, Any]] = {"euler_maruyama": {}, "ddim": {"eta": 1.0}}
 
 
 def levels(n, low=0.002, high=80.0, **options):
@@ -36,12 +38,12 @@ def test_one_karras_level_is_the_largest():
 
 @pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
 def test_order_of_convergence(solver, order):
-    """On a Gaussian, x(s') = mu + (x - mu) sqrt((std^2 + s'^2) / (std^2 + s^2)): the error at sigma_min falls as n^-order."""
+    """x(s') = mu + (x - mu) sqrt((std^2 + s'^2) / (std^2 + s^2)) on a Gaussian: the error there falls as n^-order."""
     low, high, x = 0.05, 5.0, start(sigma=5.0)
     exact = MU + (x - MU) * math.sqrt((STD**2 + low**2) / (STD**2 + high**2))
     counts = [64, 128, 256, 512]
     errors = [float((solver(TARGET, x, levels(n, low, high), trajectory=True)[-2] - exact).norm()) for n in counts]
-    slopes = [math.log2(a / b) for a, b in zip(errors[:-1], errors[1:], strict=True)]
+    slopes = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert all(abs(slope - order) < 0.15 for slope in slopes)
 
 
@@ -86,7 +88,7 @@ def test_stochastic_solvers_reproduce_a_gaussian(name):
 
 @pytest.mark.parametrize("name", STOCHASTIC)
 def test_bias_of_the_stochastic_chains_falls_as_one_over_n(name):
-    """One sample has the closed form's variance up to O(1/n); checked on the chain that the package is tested against."""
+    """The chain that the package is tested against tends to the target, with an error of O(1/n)."""
     coarse, fine = (abs(chain_moments(name, levels(n, 1e-4, 40.0))[1] - STD**2) for n in (200, 400))
     assert coarse / fine == pytest.approx(2, abs=0.2)
 
@@ -172,7 +174,7 @@ X = torch.zeros(3, 1, dtype=torch.float64)
     (lambda: karras_sigmas(5, sigma_min=0.0), ValueError, "sigma_min=0.0"),
     (lambda: karras_sigmas(5, 2.0, 1.0), ValueError, "sigma_min=2.0 is above sigma_max=1.0"),
     (lambda: karras_sigmas(5, rho=-1.0), ValueError, "rho=-1.0"),
-    (lambda: euler_maruyama(TARGET, X, [1.0, 2.0]), ValueError, "sigmas="),
+    (lambda: euler_maruyama(TARGET, X, f64([1.0, 2.0])), ValueError, "sigmas="),
 ])
 def test_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):

@@ -197,7 +197,7 @@ def test_frechet_distance_is_scipys_and_torchmetrics():
 
 
 def test_frechet_distance_in_closed_form():
-    """Zero on itself; |v|^2 for a shift; (c-1)^2 tr C for a scaling about the mean; one dimension and deficient rank too."""
+    """Zero on itself; |v|^2 for a shift; (c-1)^2 tr C for a scaling; also in one dimension and at deficient rank."""
     x, _ = fid_inputs()
     v = f64([1.0, 2.0, 0.0, 0.0, -1.0])
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-10)
