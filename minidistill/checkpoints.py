@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from minidistill import _validate
@@ -52,7 +52,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
 def write(path: str | Path, tensors: Mapping[str, Tensor], info: dict[str, str]) -> None:
     """Tensors and text in one safetensors file, with a checksum of the tensors in its header."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    data = save(tensors, metadata={**info, "crc32": str(_checksum(tensors))})
+    data = save(tensors, metadata={**info, "crc32": str(_checksum(tensors, info))})
     with atomic(path) as name, open(name, "wb") as file:
         file.write(data)
         file.flush()
@@ -67,22 +67,23 @@ def read(path: str | Path, kind: str | None = None) -> tuple[dict[str, Tensor], 
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        with safe_open(path, framework="pt") as file:
-            info = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        data = Path(path).read_bytes()  # once: another process may replace the file at any time
+        tensors = load(data)
+        # The format: eight bytes of the header's length, then the header, which is JSON.
+        info = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
     if "crc32" not in info or "kind" not in info:
         raise ValueError(f"{path} was not written by minidistill")
-    if str(_checksum(tensors)) != info["crc32"]:
+    if str(_checksum(tensors, {key: value for key, value in info.items() if key != "crc32"})) != info["crc32"]:
         raise ValueError(f"{path} is corrupt: its checksum does not match")
     if kind is not None and info["kind"] != kind:
         raise ValueError(f"{path} holds a {info['kind']}; wanted a {kind}")
     return tensors, info
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> int:
-    total = 0
+def _checksum(tensors: Mapping[str, Tensor], info: Mapping[str, str]) -> int:
+    total = zlib.crc32(json.dumps(dict(info), sort_keys=True).encode())
     for name in sorted(tensors):
         total = zlib.crc32(name.encode(), total)
         total = zlib.crc32(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), total)

@@ -26,8 +26,8 @@ from minidistill.networks import MLP, Generator
 
 RING_OBJECTIVES = ("reverse_kl", "forward_kl", "jensen_shannon", "sim")
 RING_WEIGHTS = (1, 2, 1, 3, 1, 2, 1, 1)
-RING_N, RING_STEPS = 20_000, 3500
-DIGITS_N, DIGITS_TEACHER_STEPS, DIGITS_STEPS = 4000, 3000, 2000
+RING_N, RING_STEPS = 20_000, 3000
+DIGITS_N, DIGITS_TEACHER_STEPS, DIGITS_STEPS = 4000, 2500, 1800
 NAMES = {"reverse_kl": "reverse KL", "forward_kl": "forward KL", "jensen_shannon": "Jensen-Shannon",
          "sim": "SIM pseudo-Huber"}
 

@@ -71,7 +71,7 @@ def train_denoiser(
     if network is None:
         network = MLP(tuple(data.shape[1:]), hidden=256, depth=3, n_classes=n_classes)
     _fits(network, data, n_classes)
-    data = data.to(device)
+    data = data.to(device, torch.get_default_dtype())  # the networks' own
     labels = None if labels is None else labels.to(device)
     sigma_data = float(data.std())
     denoiser = Denoiser(network.to(device).train(), sigma_data)

@@ -427,3 +427,21 @@ def test_bad_arguments_are_named_before_a_file_is_written(tmp_path, change, erro
     with pytest.raises(error, match=message):
         train_denoiser(**arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_changed_header_is_noticed(tmp_path):
+    """The checksum covers the text beside the tensors too: one digit of the step is enough."""
+    file = tmp_path / "state.safetensors"
+    training.save_state(file, toy_state())
+    data = file.read_bytes()
+    assert data.count(b'\\"step\\": 0') == 1
+    file.write_bytes(data.replace(b'\\"step\\": 0', b'\\"step\\": 7'))
+    with pytest.raises(ValueError, match="corrupt"):
+        training.load_state(file, toy_state())
+
+
+def test_float64_data_trains_a_float32_network():
+    """Data of another precision is brought to the networks' own before training."""
+    data = torch.randn(50, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    denoiser = train_denoiser(data, steps=2, batch_size=8, progress=False)
+    assert next(denoiser.parameters()).dtype == torch.float32

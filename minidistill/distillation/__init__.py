@@ -168,7 +168,7 @@ def _real_samples(
     teacher: Any, data: Tensor | None, labels: Tensor | None, rng: torch.Generator
 ) -> Callable[[int], tuple[Tensor, Tensor | None]]:
     if data is not None:
-        data = data.to(rng.device)
+        data = data.to(rng.device, torch.get_default_dtype())  # the networks' own
         classes = None if labels is None else labels.to(rng.device)
 
         def from_data(n: int) -> tuple[Tensor, Tensor | None]:
