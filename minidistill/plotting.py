@@ -12,7 +12,7 @@ import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 from minidistill import _validate, checkpoints
@@ -90,7 +90,8 @@ def curves(
     if log:
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
+        ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        ax.yaxis.set_minor_formatter("{x:g}")
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend()
     return ax

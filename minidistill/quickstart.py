@@ -144,7 +144,8 @@ def quickstart(
     digits = next((r for r in done if "pictures" in r), None)
     plotting.use_theme()
     if rings:
-        _ring_figures(rings, out)
+        _ring_figure(rings, out)
+        _kl_figure(rings, out)
     if digits:
         _digits_figure(digits, out)
     results = {
@@ -187,7 +188,7 @@ def _plain(result: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in result.items() if key not in ("samples", "pictures")}
 
 
-def _ring_figures(rings: dict[str, dict[str, Any]], out: Path) -> None:
+def _ring_figure(rings: dict[str, dict[str, Any]], out: Path) -> None:
     teacher = target()
     size = (3.1 * (1 + len(rings)), 3.6)
     figure, axes = plt.subplots(1, 1 + len(rings), figsize=size, layout="constrained", sharey=True)
@@ -199,6 +200,9 @@ def _ring_figures(rings: dict[str, dict[str, Any]], out: Path) -> None:
     for ax in axes[1:]:
         ax.set_ylabel("")
     plotting.save(figure, out / "ring.png")
+
+
+def _kl_figure(rings: dict[str, dict[str, Any]], out: Path) -> None:
     figure, ax = plt.subplots(figsize=(6.5, 4.4), layout="constrained")
     curves = {NAMES[name]: ([k for k, _ in r["curve"]], [kl for _, kl in r["curve"]]) for name, r in rings.items()}
     plotting.curves(curves, ax, xlabel="generator step", ylabel=r"KL(teacher $\|$ student), nats")
