@@ -109,7 +109,7 @@ def image_grid(images: Tensor, ax: Axes | None = None, *, columns: int = 10, tit
     for index, image in enumerate(((images.detach().cpu() + 1) / 2).clamp(0, 1)):
         top, left = index // columns * (h + 1) + 1, index % columns * (w + 1) + 1
         canvas[:, top : top + h, left : left + w] = image
-    ax.imshow(canvas.permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    ax.imshow(canvas.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     ax.set_axis_off()
     ax.set_title(title)
     return ax
