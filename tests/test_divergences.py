@@ -51,7 +51,7 @@ R = torch.logspace(-2.5, 2.5, 41, dtype=torch.float64)
 each_row = pytest.mark.parametrize("name", ROWS)
 
 
-def close(a, b, rtol=1e-10, atol=1e-12):
+def assert_close(a, b, rtol=1e-10, atol=1e-12):
     torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
@@ -61,7 +61,7 @@ def textbook(name, values):
 
 @each_row
 def test_f_is_the_textbooks_and_zero_at_one(name):
-    close(ROWS[name].f(R), textbook(name, R), rtol=1e-9, atol=1e-12)
+    assert_close(ROWS[name].f(R), textbook(name, R), rtol=1e-9, atol=1e-12)
     assert abs(float(ROWS[name].f(f64(1.0)))) < 1e-15
 
 
@@ -70,14 +70,14 @@ def test_slope_and_curvature_are_autograds(name):
     row, r = ROWS[name], R.clone().requires_grad_(True)
     first = torch.autograd.grad(row.f(r).sum(), r, create_graph=True)[0]
     second = torch.autograd.grad(first.sum(), r)[0]
-    close(row.df(R), first.detach(), rtol=1e-8, atol=1e-9)
-    close(row.d2f(R), second, rtol=1e-7, atol=1e-9)
+    assert_close(row.df(R), first.detach(), rtol=1e-8, atol=1e-9)
+    assert_close(row.d2f(R), second, rtol=1e-7, atol=1e-9)
 
 
 @each_row
 def test_weight_is_r_squared_times_curvature_and_positive(name):
     row = ROWS[name]
-    close(row.weight(R), R.square() * row.d2f(R))
+    assert_close(row.weight(R), R.square() * row.d2f(R))
     assert (row.weight(R) > 0).all()
 
 
@@ -87,8 +87,8 @@ def test_fenchel_young_is_tight_at_the_slope(name):
     row, r = ROWS[name], torch.logspace(-1.5, 1.5, 25, dtype=torch.float64)
     u = row.df(r)
     wanted = r * u - row.f(r)
-    close(row.conjugate(u), wanted, rtol=1e-8, atol=1e-8)
-    close(dv._conjugate_by_bisection(row, u), wanted, rtol=1e-8, atol=1e-8)
+    assert_close(row.conjugate(u), wanted, rtol=1e-8, atol=1e-8)
+    assert_close(dv._conjugate_by_bisection(row, u), wanted, rtol=1e-8, atol=1e-8)
 
 
 @each_row
@@ -111,14 +111,14 @@ def test_bisection_finds_the_closed_conjugate(name):
         ])
     else:
         wanted = row.conjugate(u)
-    close(dv._conjugate_by_bisection(row, u), wanted, rtol=1e-8, atol=1e-8)
+    assert_close(dv._conjugate_by_bisection(row, u), wanted, rtol=1e-8, atol=1e-8)
 
 
 def test_jeffreys_conjugate_is_lamberts():
     """f'(r) = u is 1/r = W(e^(1-u))."""
     u = torch.linspace(-3, 5, 17, dtype=torch.float64)
     r = f64([float(1 / lambertw(math.exp(1 - float(v))).real) for v in u])
-    close(F["jeffreys"].conjugate(u), u * r - (r - 1) * r.log(), rtol=1e-8, atol=1e-8)
+    assert_close(F["jeffreys"].conjugate(u), u * r - (r - 1) * r.log(), rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize(("name", "edge"), [
@@ -161,16 +161,16 @@ def test_categorical_is_the_direct_sum(name):
     logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     p, q = logits.softmax(-1)
     wanted = torch.stack([(b * textbook(name, a / b)).sum() for a, b in zip(p, q, strict=True)])
-    close(ROWS[name].categorical(*logits), wanted, rtol=1e-9, atol=1e-12)
+    assert_close(ROWS[name].categorical(*logits), wanted, rtol=1e-9, atol=1e-12)
     assert (wanted > 0).all()
-    close(ROWS[name].categorical(logits[0], logits[0] + 3.0), torch.zeros(5, dtype=torch.float64), atol=1e-12)
+    assert_close(ROWS[name].categorical(logits[0], logits[0] + 3.0), torch.zeros(5, dtype=torch.float64), atol=1e-12)
 
 
 @each_row
 def test_categories_that_neither_holds_count_nothing(name):
     logits = f64([[0.2, -1.0, 0.4], [1.0, 0.3, -0.2]])
     padded = torch.cat([logits, torch.full((2, 1), -math.inf, dtype=torch.float64)], 1)
-    close(ROWS[name].categorical(*padded), ROWS[name].categorical(*logits))
+    assert_close(ROWS[name].categorical(*padded), ROWS[name].categorical(*logits))
 
 
 #: lim f(r) at 0 (mass that only q holds) and lim f(r) / r at infinity (mass that only p holds).
@@ -188,9 +188,9 @@ def test_mass_that_only_one_side_holds(name):
     at_zero, at_infinity = ENDS[name]
     a, b = f64([0.0, 0.0, -math.inf]), f64([0.0, 0.0, 0.0])
     shared = 2 / 3 * TEXTBOOK[name](1.5)
-    close(ROWS[name].categorical(a, b), f64(shared + at_zero / 3))
+    assert_close(ROWS[name].categorical(a, b), f64(shared + at_zero / 3))
     shared = TEXTBOOK[name](2 / 3)
-    close(ROWS[name].categorical(b, a), f64(shared + at_infinity / 3))
+    assert_close(ROWS[name].categorical(b, a), f64(shared + at_infinity / 3))
 
 
 CUSTOM = {
@@ -207,11 +207,11 @@ CUSTOM = {
 def test_from_function_equals_the_closed_row(name):
     row, custom = ROWS[name], from_function(CUSTOM[name])
     for method in ("f", "df", "d2f", "weight"):
-        close(getattr(custom, method)(R), getattr(row, method)(R), rtol=1e-8, atol=1e-9)
+        assert_close(getattr(custom, method)(R), getattr(row, method)(R), rtol=1e-8, atol=1e-9)
     u = row.df(torch.logspace(-1, 1, 9, dtype=torch.float64))
-    close(custom.conjugate(u), row.conjugate(u), rtol=1e-7, atol=1e-7)
+    assert_close(custom.conjugate(u), row.conjugate(u), rtol=1e-7, atol=1e-7)
     log_p, log_q = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).log_softmax(-1)
-    close(custom.between(log_p, log_q), row.between(log_p, log_q), rtol=1e-9)
+    assert_close(custom.between(log_p, log_q), row.between(log_p, log_q), rtol=1e-9)
 
 
 @pytest.mark.parametrize(("f", "message"), [
@@ -234,9 +234,9 @@ def test_from_function_refuses_what_is_no_divergence(f, message):
 def test_flips_and_multiples(name, flipped, factor):
     """f°(u) = u f(1/u) exchanges p and q; the last four are multiples of other rows."""
     if factor == 1 and not name.startswith("skew"):
-        close(R * ROWS[name].f(1 / R), ROWS[flipped].f(R), rtol=1e-9)
+        assert_close(R * ROWS[name].f(1 / R), ROWS[flipped].f(R), rtol=1e-9)
     else:
-        close(ROWS[name].f(R), factor * ROWS[flipped].f(R), rtol=1e-9, atol=1e-11)
+        assert_close(ROWS[name].f(R), factor * ROWS[flipped].f(R), rtol=1e-9, atol=1e-11)
 
 
 @settings(max_examples=30, deadline=None)
@@ -245,8 +245,8 @@ def test_divergences_are_not_negative_and_swap_their_arguments(seed, scale):
     p, q = scale * torch.randn(2, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     for row in ROWS.values():
         assert float(row.categorical(p, q)) >= -1e-12
-    close(F["reverse_kl"].categorical(p, q), F["forward_kl"].categorical(q, p))
-    close(F["pearson"].categorical(p, q), F["neyman"].categorical(q, p), rtol=1e-8, atol=1e-10)
+    assert_close(F["reverse_kl"].categorical(p, q), F["forward_kl"].categorical(q, p))
+    assert_close(F["pearson"].categorical(p, q), F["neyman"].categorical(q, p), rtol=1e-8, atol=1e-10)
     assert float(F["jensen_shannon"].categorical(p, q)) <= math.log(2)
 
 
@@ -254,13 +254,13 @@ def test_divergences_are_not_negative_and_swap_their_arguments(seed, scale):
 def test_skew_family_tends_to_the_kls(b, limit):
     p, q = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     got = skew_jensen_shannon(b).categorical(p, q) / (b * (1 - b))
-    close(got, F[limit].categorical(p, q), rtol=1e-3)
+    assert_close(got, F[limit].categorical(p, q), rtol=1e-3)
 
 
 @pytest.mark.parametrize("a", [1e-5, 1 - 1e-5])
 def test_alpha_family_is_continuous_at_its_kls(a):
     p, q = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    close(alpha_divergence(a).categorical(p, q), alpha_divergence(round(a)).categorical(p, q), rtol=1e-4)
+    assert_close(alpha_divergence(a).categorical(p, q), alpha_divergence(round(a)).categorical(p, q), rtol=1e-4)
 
 
 @each_row
@@ -278,7 +278,7 @@ def test_float32_survives_extreme_ratios(name, log_r):
 def test_direction_is_the_weighted_score_gap():
     p, q = torch.randn(2, 4, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     l = f64([-1.0, 0.0, 0.5, 2.0])
-    close(F["pearson"].direction(p, q, l), 2 * torch.exp(2 * l)[:, None, None] * (p - q))
+    assert_close(F["pearson"].direction(p, q, l), 2 * torch.exp(2 * l)[:, None, None] * (p - q))
 
 
 @pytest.mark.parametrize(("call", "message"), [
@@ -306,7 +306,7 @@ def test_score_distance_gradient_is_autograds(distance, shape):
     y = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_(True)
     value = distance.value(y)
     assert value.shape == (4,)
-    close(distance.gradient(y.detach()), torch.autograd.grad(value.sum(), y)[0])
+    assert_close(distance.gradient(y.detach()), torch.autograd.grad(value.sum(), y)[0])
 
 
 @settings(max_examples=50, deadline=None)

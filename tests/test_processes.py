@@ -16,13 +16,13 @@ TIMES = torch.linspace(0.01, 1.0, 25, dtype=torch.float64)
 PAIRS = list(itertools.product(processes.TO_X0, repeat=2))
 BETA = (0.1, 20.0)
 
-def close(a, b):
+def assert_close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_vp_preserves_variance_at_all_times():
     p = vp()
-    close(p.alpha(TIMES).square() + p.sigma(TIMES).square(), torch.ones_like(TIMES))
+    assert_close(p.alpha(TIMES).square() + p.sigma(TIMES).square(), torch.ones_like(TIMES))
 
 
 @pytest.mark.parametrize("beta", [BETA, (1.0, 5.0)])
@@ -30,30 +30,30 @@ def test_vp_drift_and_diffusion_are_songs(beta):
     """dx = -beta/2 x dt + sqrt(beta) dW (Song 2021, equation 11)."""
     p = vp(*beta)
     rate = beta[0] + (beta[1] - beta[0]) * TIMES
-    close(p.drift(TIMES), -rate / 2)
-    close(p.diffusion(TIMES), rate.sqrt())
+    assert_close(p.drift(TIMES), -rate / 2)
+    assert_close(p.diffusion(TIMES), rate.sqrt())
 
 
 def test_vp_alpha_is_the_exponential_of_the_integrated_rate():
     p, n = vp(), 200_001
     t = torch.linspace(0, 0.7, n, dtype=torch.float64)
     integral = torch.trapezoid(BETA[0] + (BETA[1] - BETA[0]) * t, t)
-    close(p.alpha(f64(0.7)), torch.exp(-integral / 2))
+    assert_close(p.alpha(f64(0.7)), torch.exp(-integral / 2))
 
 
 def test_edm_is_the_identity():
     p = edm()
     t = TIMES * 10
-    close(p.alpha(t), torch.ones_like(t))
-    close(p.sigma(t), t)
-    close(p.drift(t), torch.zeros_like(t))
-    close(p.diffusion(t), (2 * t).sqrt())  # g^2 = d sigma^2 / dt
+    assert_close(p.alpha(t), torch.ones_like(t))
+    assert_close(p.sigma(t), t)
+    assert_close(p.drift(t), torch.zeros_like(t))
+    assert_close(p.diffusion(t), (2 * t).sqrt())  # g^2 = d sigma^2 / dt
 
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_time_inverts_the_edm_noise_level(name):
     p = PROCESSES[name]()
-    close(p.time(p.sigma(TIMES) / p.alpha(TIMES)), TIMES)
+    assert_close(p.time(p.sigma(TIMES) / p.alpha(TIMES)), TIMES)
 
 
 def test_vp_time_is_accurate_next_to_zero():
@@ -65,7 +65,7 @@ def test_vp_time_is_accurate_next_to_zero():
 def test_log_snr(name):
     p = PROCESSES[name]()
     snr = (p.alpha(TIMES) / p.sigma(TIMES)).square()
-    close(p.log_snr(TIMES), snr.log())
+    assert_close(p.log_snr(TIMES), snr.log())
     assert (p.log_snr(TIMES).diff() < 0).all()
 
 
@@ -75,11 +75,11 @@ def test_edm_round_trip(name):
     x = torch.randn(25, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     there, sigma = p.to_edm(x, TIMES)
     back, t = p.from_edm(there, sigma)
-    close(back, x)
-    close(t, TIMES)
+    assert_close(back, x)
+    assert_close(t, TIMES)
     there, sigma = p.to_edm(x, 0.5)
     assert sigma.ndim == 0
-    close(p.from_edm(there, sigma)[0], x)
+    assert_close(p.from_edm(there, sigma)[0], x)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -88,7 +88,7 @@ def test_noised_samples_are_edms_after_the_change_of_variables(name):
     p, g = PROCESSES[name](), torch.Generator().manual_seed(0)
     x0, e = torch.randn(2, 25, 3, generator=g, dtype=torch.float64)
     x, sigma = p.to_edm(p.add_noise(x0, e, TIMES), TIMES)
-    close(x, x0 + sigma[:, None] * e)
+    assert_close(x, x0 + sigma[:, None] * e)
 
 
 def definitions(x0, e, alpha, sigma):
@@ -116,7 +116,7 @@ def test_conversions_round_trip_to_ten_digits_with_a_level_a_sample(source, targ
     t = torch.linspace(0.1, 0.8, 25, dtype=torch.float64)
     x, prediction = torch.randn(2, 25, 3, generator=g, dtype=torch.float64)
     there = convert(prediction, x, p.alpha(t), p.sigma(t), source, target)
-    close(convert(there, x, p.alpha(t), p.sigma(t), target, source), prediction)
+    assert_close(convert(there, x, p.alpha(t), p.sigma(t), target, source), prediction)
 
 
 def exact_model(process, prediction, mixture):
@@ -137,19 +137,19 @@ def test_a_wrapped_model_is_the_mixtures_denoiser(name, prediction):
     denoiser = as_denoiser(exact_model(p, prediction, mixture), p, prediction)
     x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     sigma = torch.logspace(-1, 1, 8, dtype=torch.float64)
-    close(denoiser(x, sigma), mixture(x, sigma))
-    close(denoiser(x, 0.7), mixture(x, 0.7))
+    assert_close(denoiser(x, sigma), mixture(x, sigma))
+    assert_close(denoiser(x, 0.7), mixture(x, 0.7))
     label = torch.arange(8) % 3
-    close(denoiser(x, sigma, label), mixture(x, sigma, label))
+    assert_close(denoiser(x, sigma, label), mixture(x, sigma, label))
 
 
 def test_score_from_denoiser_is_the_mixtures_score():
     mixture = mixture_2d()
     x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    close(score_from_denoiser(mixture(x, 0.4), x, 0.4), mixture.noised(0.4).score(x))
+    assert_close(score_from_denoiser(mixture(x, 0.4), x, 0.4), mixture.noised(0.4).score(x))
     sigma = torch.linspace(0.2, 2, 8, dtype=torch.float64)
     per_level = torch.cat([mixture.noised(float(s)).score(x[i : i + 1]) for i, s in enumerate(sigma)])
-    close(score_from_denoiser(mixture(x, sigma), x, sigma), per_level)
+    assert_close(score_from_denoiser(mixture(x, sigma), x, sigma), per_level)
 
 
 X = torch.zeros(3, 2)
