@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +22,7 @@ from minidistill import _validate
 from minidistill.networks import MLP, Denoiser, Generator
 from minidistill.unet import UNet
 
+HEADER = 100_000  # bytes left for a part's header
 #: The networks that a checkpoint may name in its header.
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"mlp": MLP, "unet": UNet}
 
@@ -49,30 +52,49 @@ def atomic(path: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def write(path: str | Path, tensors: Mapping[str, Tensor], info: dict[str, str]) -> None:
-    """Tensors and text in one safetensors file, with a checksum of the tensors in its header."""
+def write(
+    path: str | Path, tensors: Mapping[str, Tensor], info: dict[str, str], *, limit: int | None = None
+) -> list[Path]:
+    """Tensors and text in one safetensors file, with a checksum of the tensors in its header.
+
+    With `limit`, what is larger than so many bytes goes to several files, NAME-1-of-3.safetensors and so on, which
+    `read` takes for one. Returns the files written. Raises ValueError for a single tensor above the limit.
+    """
+    path = Path(path)
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    data = save(tensors, metadata={**info, "crc32": str(_checksum(tensors, info))})
-    with atomic(path) as name, open(name, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    whole = {**info, "crc32": str(_checksum(tensors, info))}
+    groups = _groups(tensors, limit)
+    names = [path] if len(groups) == 1 else [_part(path, k, len(groups)) for k in range(1, len(groups) + 1)]
+    for name, group in zip(names, groups, strict=True):
+        with atomic(name) as partial, open(partial, "wb") as file:
+            file.write(save({key: tensors[key] for key in group}, metadata=whole))
+            file.flush()
+            os.fsync(file.fileno())
+    for old in {path, *_parts(path)} - set(names):  # of an earlier writing
+        old.unlink(missing_ok=True)
+    return names
 
 
 def read(path: str | Path, kind: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, text) of a file that `write` made.
+    """(tensors, text) of what `write` made, in one file or several.
 
     Raises FileNotFoundError, or ValueError for a file that is truncated, corrupt, not ours or of another kind.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    names = [path] if path.is_file() else _parts(path)
+    if not names:
         raise FileNotFoundError(f"{path}: no such file")
-    try:
-        data = Path(path).read_bytes()  # once: another process may replace the file at any time
-        tensors = load(data)
-        # The format: eight bytes of the header's length, then the header, which is JSON.
-        info = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
+    if names != [path] and names != [_part(path, k, len(names)) for k in range(1, len(names) + 1)]:
+        raise ValueError(f"{path} is incomplete: only {', '.join(name.name for name in names)} are there")
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        try:
+            data = name.read_bytes()  # once: another process may replace the file at any time
+            tensors |= load(data)
+            # The format: eight bytes of the header's length, then the header, which is JSON.
+            info = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+        except SafetensorError as error:
+            raise ValueError(f"{name} is truncated or not a safetensors file ({error})") from error
     if "crc32" not in info or "kind" not in info:
         raise ValueError(f"{path} was not written by minidistill")
     if str(_checksum(tensors, {key: value for key, value in info.items() if key != "crc32"})) != info["crc32"]:
@@ -80,6 +102,36 @@ def read(path: str | Path, kind: str | None = None) -> tuple[dict[str, Tensor], 
     if kind is not None and info["kind"] != kind:
         raise ValueError(f"{path} holds a {info['kind']}; wanted a {kind}")
     return tensors, info
+
+
+def exists(path: str | Path) -> bool:
+    """Whether `read` would find something there, in one file or several."""
+    return Path(path).is_file() or bool(_parts(Path(path)))
+
+
+def _part(path: Path, k: int, n: int) -> Path:
+    return path.with_name(f"{path.stem}-{k}-of-{n}{path.suffix}")
+
+
+def _parts(path: Path) -> list[Path]:
+    found = path.parent.glob(f"{glob.escape(path.stem)}-*-of-*{path.suffix}")
+    numbered = [(int(match[1]), name) for name in found if (match := re.fullmatch(r".*-(\d+)-of-\d+", name.stem))]
+    return [name for _, name in sorted(numbered)]
+
+
+def _groups(tensors: Mapping[str, Tensor], limit: int | None) -> list[list[str]]:
+    """Names in order, cut so that a group's tensors and header stay below the limit."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, value in tensors.items():
+        if limit is not None and value.nbytes + HEADER > limit:
+            raise ValueError(f"limit={limit}: {name} alone has {value.nbytes} bytes")
+        if limit is not None and groups[-1] and size + value.nbytes + HEADER > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += value.nbytes
+    return groups
 
 
 def _checksum(tensors: Mapping[str, Tensor], info: Mapping[str, str]) -> int:
@@ -107,14 +159,24 @@ def check_weights(path: str | Path, name: str, weights: Mapping[str, Tensor], mo
             )
 
 
-def save_model(path: str | Path, model: Denoiser | Generator, **info: Any) -> None:
-    """A denoiser or generator to one file that says how to build it; `info` is kept beside it as JSON."""
+def save_model(
+    path: str | Path, model: Denoiser | Generator, *, half: bool = False, limit: int | None = None, **info: Any
+) -> list[Path]:
+    """A denoiser or generator to one file that says how to build it; `info` is kept beside it as JSON.
+
+    half: weights in float16, half the size. limit: as for `write`. Returns the files written.
+    Raises TypeError for a model whose network is not one of `NETWORKS`.
+    """
     denoiser = model.denoiser if isinstance(model, Generator) else model
-    recipe = {"network": denoiser.network.config, "sigma_data": denoiser.sigma_data, "info": info}
+    config = getattr(getattr(denoiser, "network", None), "config", None)
+    if config is None or config.get("kind") not in NETWORKS:
+        raise TypeError(f"model has a {type(denoiser).__name__}; wanted one around {' or '.join(NETWORKS)}")
+    recipe = {"network": config, "sigma_data": denoiser.sigma_data, "info": info}
     kind = "generator" if isinstance(model, Generator) else "denoiser"
     if isinstance(model, Generator):
         recipe["sigma_init"] = model.sigma_init
-    write(writable(path), denoiser.network.state_dict(), {"kind": kind, "recipe": json.dumps(recipe)})
+    weights = {name: value.half() if half else value for name, value in denoiser.network.state_dict().items()}
+    return write(writable(path), weights, {"kind": kind, "recipe": json.dumps(recipe)}, limit=limit)
 
 
 def load_model(path: str | Path) -> tuple[Denoiser | Generator, dict[str, Any]]:

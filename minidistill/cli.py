@@ -1,4 +1,4 @@
-"""The command line: quickstart, train, distill, sample, evaluate."""
+"""The command line: quickstart, train, distill, sample, evaluate, bench."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minidistill import _validate, checkpoints, classifier, data, metrics, plotting, samplers, teachers, training
-from minidistill.distillation import OBJECTIVES, distill, draw
+from minidistill import (
+    _validate, bench, checkpoints, data, evaluation, features, metrics, parallel, plotting, samplers, teachers, training,
+    unet,
+)
+from minidistill.distillation import OBJECTIVES, Diagnosis, distill
 from minidistill.distributions import MIXTURES, SHAPES, GaussianMixture
 from minidistill.networks import Denoiser, Generator
 
 N_TRAIN = 20_000  # samples drawn from a named 2-D target to train a teacher on
-DATA = (*MIXTURES, *SHAPES, "digits")
+IMAGES = ("digits", "cifar10")
+DATA = (*MIXTURES, *SHAPES, *IMAGES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.device = _device(arguments.device)
         _validate.whole("--seed", arguments.seed, least=0)
+        arguments.device = str(parallel.start(arguments.device))
         arguments.command(arguments)
     except KeyboardInterrupt as stop:
         print(f"minidistill: {stop or 'stopped'}", file=sys.stderr)
@@ -34,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         print(f"minidistill: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    finally:
+        parallel.stop()
     return 0
 
 
@@ -46,15 +53,26 @@ def quickstart(a: argparse.Namespace) -> None:
 
 
 def train(a: argparse.Namespace) -> None:
-    samples, labels = _dataset(a.data, a.seed)
+    samples, labels = _dataset(a.data, a.seed, a.root, a.subset)
+    cifar = a.data == "cifar10"
+    network = None
+    if a.preset or cifar:
+        torch.manual_seed(a.seed)  # the network's first weights
+        shape, n_classes = tuple(samples.shape[1:]), 0 if labels is None else int(labels.max()) + 1
+        network = unet.preset(a.preset or "tiny", shape, n_classes)
     out = Path(a.out)
     model = checkpoints.writable(out / "teacher.safetensors")
+    steps = _steps(a)
     teacher = teachers.train_denoiser(
-        samples, labels=labels, steps=a.steps, batch_size=a.batch_size, seed=a.seed, device=a.device,
-        checkpoint=out / "training.safetensors", resume=a.resume,
+        samples, network, labels=labels, steps=steps, batch_size=a.batch_size, flip=cifar, accumulate=a.accumulate,
+        learning_rate=a.learning_rate or (1e-3 if network else 2e-3), ema_halflife=a.ema_halflife, speed=_speed(a),
+        seed=a.seed, device=a.device, log_every=a.log_every, checkpoint=out / "training.safetensors",
+        checkpoint_every=a.checkpoint_every, resume=a.resume,
     )
-    checkpoints.save_model(model, teacher, data=a.data, steps=a.steps, seed=a.seed)
-    print(f"teacher in {model}")
+    if parallel.rank() == 0:
+        checkpoints.save_model(model, teacher, data=a.data, steps=steps, images=steps * a.batch_size, seed=a.seed)
+        _write_history(out)
+        print(f"teacher in {model}")
 
 
 def distil(a: argparse.Namespace) -> None:
@@ -64,20 +82,50 @@ def distil(a: argparse.Namespace) -> None:
     if isinstance(teacher, GaussianMixture):
         teacher = teacher.to(torch.device(a.device))
     elif getattr(OBJECTIVES[a.objective], "needs_ratio", False):
-        samples, labels = _dataset(name, a.seed)
+        samples, labels = _dataset(name, a.seed, a.root, a.subset)
     out = Path(a.out)
     model = checkpoints.writable(out / "student.safetensors")
     images = len(teacher.shape) == 3
     rate, critic_rate, critic_steps = (3e-4, 1e-3, 2) if images else (2e-3, 5e-3, 3)
+
+    def draw_panel(seen: Diagnosis) -> None:
+        plotting.save(plotting.panel(seen).figure, out / "panel.png")  # type: ignore[arg-type]
+
+    steps = _steps(a)
+    plotting.use_theme()
     student = distill(
-        teacher, objective=a.objective, steps=a.steps, data=samples, labels=labels, batch_size=a.batch_size,
-        critic_steps=critic_steps, learning_rate=rate, critic_learning_rate=critic_rate, seed=a.seed,
-        device=a.device, checkpoint=out / "training.safetensors", resume=a.resume,
+        teacher, objective=a.objective, steps=steps, data=samples, labels=labels, batch_size=a.batch_size,
+        critic_steps=a.critic_steps or critic_steps, learning_rate=a.learning_rate or rate,
+        critic_learning_rate=a.critic_learning_rate or critic_rate, sigma_init=a.sigma_init, sigma_max=a.sigma_max,
+        flip=name == "cifar10", accumulate=a.accumulate, ema_halflife=a.ema_halflife, speed=_speed(a), seed=a.seed,
+        device=a.device, inspect=draw_panel if images else None, log_every=a.log_every,
+        checkpoint=out / "training.safetensors", checkpoint_every=a.checkpoint_every, resume=a.resume,
     )
-    checkpoints.save_model(model, student.ema, data=name, objective=a.objective, steps=a.steps, seed=a.seed)
+    if parallel.rank() == 0:
+        checkpoints.save_model(
+            model, student.ema, data=name, objective=a.objective, steps=steps, images=steps * a.batch_size, seed=a.seed,
+            teacher=str(Path(a.teacher).resolve()) if Path(a.teacher).exists() else a.teacher,
+        )
+        _write_history(out)
+        print(f"student in {model}")
+
+
+def _write_history(out: Path) -> None:
     with checkpoints.atomic(out / "history.json") as path:
-        path.write_text(json.dumps(student.history) + "\n")
-    print(f"student in {model}")
+        path.write_text(json.dumps(training.progress_of(out / "training.safetensors")["history"]) + "\n")
+
+
+def _steps(a: argparse.Namespace) -> int:
+    """--steps, or as many as --images need."""
+    _validate.whole("--batch-size", a.batch_size)
+    if a.images is None:
+        return a.steps
+    _validate.whole("--images", a.images)
+    return -(-a.images // a.batch_size)
+
+
+def _speed(a: argparse.Namespace) -> training.Speed:
+    return training.Speed(a.precision, channels_last=a.device.startswith("cuda"), compile=a.compile)
 
 
 def sample(a: argparse.Namespace) -> None:
@@ -105,20 +153,18 @@ def evaluate(a: argparse.Namespace) -> None:
     _validate.whole("--n", a.n, least=2)
     model, name = _teacher(a.model)
     name = a.target or name
-    if name not in (*MIXTURES, "digits"):
-        raise ValueError(_validate.closest("--target", name, (*MIXTURES, "digits")))
+    if name not in (*MIXTURES, *IMAGES):
+        raise ValueError(_validate.closest("--target", name, (*MIXTURES, *IMAGES)))
     if a.out:
         checkpoints.writable(a.out)
-    samples, asked = _draw(model, a)
     row: dict[str, Any] = {"model": a.model, "target": name, "n": a.n, "seed": a.seed}
-    if name == "digits":
-        images, labels = data.digits()
-        _validate.samples("the model's samples", samples, tuple(images.shape[1:]))
-        judge = classifier.train_classifier(images, labels)
-        row["frechet_32_features"] = metrics.frechet_distance(judge.features(samples), judge.features(images))
-        if asked is not None:
-            row["recognised"] = judge.recognised(samples, asked)
+    if name in IMAGES:
+        result = _compare(model, name, a)
+        row["rows"] = result.rows
+        if a.out:
+            _save_grids(result, Path(a.out).with_suffix(".png"))
     else:
+        samples, _ = _draw(model, a)
         mixture = MIXTURES[name]()
         kl, coverage = metrics.grid_kl(mixture, samples), metrics.mode_coverage(mixture, samples)
         row |= {"kl": kl.kl, "reverse_kl": kl.reverse_kl, "outside_grid": kl.outside, "smoothing_sigma": kl.sigma,
@@ -128,9 +174,45 @@ def evaluate(a: argparse.Namespace) -> None:
             path.write_text(json.dumps(row) + "\n")
     if a.json:
         print(json.dumps(row))
+    elif name in IMAGES:
+        print(evaluation.table(row["rows"]))
     else:
         for key, value in row.items():
             print(f"{key:<20} {value:.4g}" if isinstance(value, float) else f"{key:<20} {value}")
+
+
+def _compare(model: Any, name: str, a: argparse.Namespace) -> evaluation.Comparison:
+    """A teacher alone, or a student beside its teacher, against real images."""
+    images, _ = _dataset(name, a.seed, a.root, None)
+    _validate.samples("the model's samples", torch.zeros(1, *model.shape), tuple(images.shape[1:]))
+    if isinstance(model, Generator):
+        recorded = str(checkpoints.load_model(a.model)[1].get("teacher", ""))
+        if not a.teacher and not checkpoints.exists(recorded):
+            raise ValueError(f"--teacher: wanted the teacher's file, to measure both in one run; {recorded!r} is not there")
+        teacher, students = _teacher(a.teacher or recorded)[0], {"student": model}
+    else:
+        teacher, students = model, {}
+    judge = features.extractor(a.features or f"{name}_classifier", device=a.device)
+    for each in (teacher, *students.values()):
+        each.to(a.device)
+    return evaluation.compare(teacher, students, images, n=a.n, seed=a.seed, levels=a.levels, features=judge)
+
+
+def _save_grids(result: evaluation.Comparison, path: Path) -> None:
+    plotting.use_theme()
+    figure, axes = plotting.plt.subplots(1, len(result.samples), figsize=(4.5 * len(result.samples), 4.8),
+                                         layout="constrained", squeeze=False)
+    for ax, row in zip(axes[0], result.rows, strict=True):
+        calls = f"{row['calls']} call{'s' if row['calls'] > 1 else ''}"
+        title = f"{row['model']}, {calls}\nFréchet distance {row['frechet']:.3g}"
+        plotting.image_grid(result.samples[row["model"]][:100].cpu(), ax, title=title)
+    plotting.save(figure, path)
+
+
+def benchmark(a: argparse.Namespace) -> None:
+    _validate.choose("NAME", a.name, bench.BENCHES)
+    rows = bench.run(a.name, short=a.short)
+    print(json.dumps(rows) if a.json else bench.table(rows))
 
 
 def _draw(model: GaussianMixture | Denoiser | Generator, a: argparse.Namespace) -> tuple[Tensor, Tensor | None]:
@@ -138,21 +220,16 @@ def _draw(model: GaussianMixture | Denoiser | Generator, a: argparse.Namespace) 
     if isinstance(model, GaussianMixture):
         return model.sample(a.n, training.generator_on("cpu", a.seed)), None
     model = model.to(a.device)
-    label = torch.arange(a.n) % model.n_classes if model.n_classes else None
     if isinstance(model, Generator):
-        return draw(model, a.n, label=label, seed=a.seed).cpu(), label
-    sigmas = samplers.karras_sigmas(a.levels)
-    rng = training.generator_on("cpu", a.seed)
-    x = (sigmas[0] * torch.randn(a.n, *model.shape, generator=rng)).to(a.device)
-    noise = training.generator_on(a.device, a.seed)
-    out = samplers.sample(model, x, sigmas, a.solver, label=None if label is None else label.to(a.device),
-                          generator=noise, progress=True)
-    return out.cpu(), label
+        return evaluation.sample_student(model, a.n, seed=a.seed)
+    return evaluation.sample_teacher(model, a.n, seed=a.seed, levels=a.levels, solver=a.solver)
 
 
-def _dataset(name: str, seed: int) -> tuple[Tensor, Tensor | None]:
+def _dataset(name: str, seed: int, root: str | None, subset: int | None) -> tuple[Tensor, Tensor | None]:
     if name == "digits":
         return data.digits()
+    if name == "cifar10":
+        return data.cifar10(root, "train", n=subset)
     rng = training.generator_on("cpu", seed)
     if name in MIXTURES:
         return MIXTURES[name]().sample(N_TRAIN, rng), None
@@ -203,17 +280,18 @@ def _parser() -> argparse.ArgumentParser:
     example = "train --data digits --steps 3000 --out runs/teacher"
     sub = command("train", train, "Train a diffusion teacher.", example, "runs/teacher")
     sub.add_argument("--data", default="digits", help=", ".join(DATA))
-    sub.add_argument("--steps", type=int, default=3000)
-    sub.add_argument("--batch-size", type=int, default=256)
-    sub.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    sub.add_argument("--preset", choices=sorted(unet.PRESETS), help="a U-Net for images (default: an MLP; cifar10: tiny)")
+    _training_options(sub)
 
     sub = command("distill", distil, "Distil a teacher to one step.",
                   "distill --teacher ring --objective forward_kl --out runs/student", "runs/student")
     sub.add_argument("--teacher", required=True, help=f"a .safetensors file, or {', '.join(MIXTURES)}")
     sub.add_argument("--objective", default="reverse_kl", help=", ".join(OBJECTIVES))
-    sub.add_argument("--steps", type=int, default=3000)
-    sub.add_argument("--batch-size", type=int, default=256)
-    sub.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    sub.add_argument("--critic-steps", type=int, help="updates of the fake network for each of the student")
+    sub.add_argument("--critic-learning-rate", type=float)
+    sub.add_argument("--sigma-init", type=float, help="noise level at which the student reads its input")
+    sub.add_argument("--sigma-max", type=float, help="highest noise level at which student and teacher are compared")
+    _training_options(sub)
 
     for name, run, text, line, out in (
         ("sample", sample, "Draw samples: one call of a student, a solver's run of a teacher.",
@@ -226,7 +304,34 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--n", type=int, default=4000 if name == "evaluate" else 100)
         sub.add_argument("--levels", type=int, default=18, help="noise levels of a teacher's sampler (default 18)")
         sub.add_argument("--solver", default="heun", help=", ".join(samplers.SOLVERS))
-    sub.add_argument("--target", help=f"{', '.join((*MIXTURES, 'digits'))}; default: what the model was trained on")
+    sub.add_argument("--target", help=f"{', '.join((*MIXTURES, *IMAGES))}; default: what the model was trained on")
+    sub.add_argument("--teacher", help="of an image student: its file, if it is not where it was; both are measured")
+    sub.add_argument("--features", help=f"{', '.join(features.EXTRACTORS)}; default: the data's classifier")
+    sub.add_argument("--root", help="folder or archive of CIFAR-10 (default $MINIDISTILL_CIFAR10)")
     sub.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+
+    sub = command("bench", benchmark, "Time ours against a peer's, in one run.", "bench unet --json", None)
+    sub.add_argument("name", metavar="NAME", help=", ".join(bench.BENCHES))
+    sub.add_argument("--short", action="store_true", help="a few seconds, to see that it runs")
+    sub.add_argument("--json", action="store_true", help="a JSON list of rows instead of a table")
     return parser
+
+
+def _training_options(sub: argparse.ArgumentParser) -> None:
+    add = sub.add_argument
+    length = sub.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, default=3000)
+    length.add_argument("--images", type=int, help="samples to see, instead of --steps")
+    add("--batch-size", type=int, default=256, help="of all processes together (default 256)")
+    add("--accumulate", type=int, default=1, help="pieces a batch is computed in, where memory is short")
+    add("--learning-rate", type=float)
+    add("--ema-halflife", type=float, default=100_000, help="of the average of the weights, in samples (default 100000)")
+    add("--precision", choices=("float32", "bfloat16"), default="float32")
+    add("--compile", nargs="?", const=True, default=False, choices=(True, "cuda_graphs"), metavar="cuda_graphs",
+        help="torch.compile, if wanted with CUDA graphs")
+    add("--root", help="folder or archive of CIFAR-10 (default $MINIDISTILL_CIFAR10)")
+    add("--subset", type=int, help="use so many CIFAR-10 images only, the same number of each class")
+    add("--log-every", type=int, default=50, help="steps between records of the loss in history.json")
+    add("--checkpoint-every", type=int, default=500, help="steps between checkpoints")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
 

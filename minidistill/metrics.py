@@ -1,4 +1,5 @@
-"""Numbers that read as quality: exact divergences in 2-D, mode coverage, Frechet distances on features."""
+"""Numbers that read as quality: exact divergences in 2-D, mode coverage, Frechet distance and precision and recall of
+features."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from minidistill.distributions import GaussianMixture
 from minidistill.transport import sliced_wasserstein
 
 __all__ = [
-    "GridKL", "ModeCoverage", "frechet_distance", "grid_kl", "kl_on_grid", "mode_coverage",
-    "reverse_kl_on_grid", "sliced_wasserstein",
+    "GridKL", "ModeCoverage", "PrecisionRecall", "frechet_distance", "grid_kl", "kl_on_grid", "mode_coverage",
+    "precision_recall", "reverse_kl_on_grid", "sliced_wasserstein",
 ]
 
 
@@ -124,3 +125,54 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     cross = torch.linalg.eigvalsh(root @ cov_y @ root).clamp(min=0).sqrt().sum()
     mean_gap = (x.mean(0) - y.mean(0)).square().sum()
     return max(0.0, float(mean_gap + cov_x.trace() + cov_y.trace() - 2 * cross))
+
+
+class PrecisionRecall(NamedTuple):
+    """How much of the samples looks real, and how much of the real data the samples reach: both from 0 to 1."""
+
+    precision: float  # the share of samples that lie in the reference's manifold
+    recall: float  # the share of the reference that lies in the samples' manifold
+
+
+def precision_recall(x: Tensor, y: Tensor, k: int = 3) -> PrecisionRecall:
+    """Improved precision and recall of samples x (n, d) against a reference y (m, d), both features
+    (Kynkaanniemi 2019, equations 1 and 2).
+
+    A set's manifold is the union of balls around its points, each reaching to the point's k-th nearest neighbour in
+    the same set. Both numbers move with n, m and k (two sets from one distribution do not score 1), so quote them.
+    Memory grows as n + m, time as (n + m)^2 d: seconds for 10,000 of each in 128 dimensions. Distances are exact to
+    about 1e-6 of the features' spread. Raises ValueError unless n and m exceed k and both have d features.
+    """
+    _validate.whole("k", k)
+    _validate.samples("x", x, least=k + 1)
+    _validate.samples("y", y, tuple(x.shape[1:]), least=k + 1)
+    x, y = x.detach().flatten(1).double(), y.detach().flatten(1).double().to(x.device)
+    centre = y.mean(0)
+    x, y = x - centre, y - centre  # squared distances come from a matrix product, most precise near the origin
+    slack = 1e-12 * float(torch.maximum(x.square().sum(1).max(), y.square().sum(1).max()))  # of that product's rounding
+    reach_x, reach_y = _squared_reach(x, k) + slack, _squared_reach(y, k) + slack
+    inside, reached = 0, torch.zeros(len(y), dtype=torch.bool, device=x.device)
+    for part, reach in zip(x.split(_CHUNK), reach_x.split(_CHUNK), strict=True):
+        apart = _squared_distances(part, y)
+        inside += int((apart <= reach_y).any(1).sum())
+        reached |= (apart <= reach.unsqueeze(1)).any(0)
+    return PrecisionRecall(inside / len(x), float(reached.double().mean()))
+
+
+_CHUNK = 500  # rows of a distance matrix in memory at once
+
+
+def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """|x_i - y_j|^2, (n, m)."""
+    return torch.addmm(x.square().sum(1, keepdim=True) + y.square().sum(1), x, y.T, alpha=-2)
+
+
+def _squared_reach(x: Tensor, k: int) -> Tensor:
+    """The squared distance from each point to its k-th nearest neighbour, itself not counted, (n,)."""
+    reach = []
+    for start in range(0, len(x), _CHUNK):
+        apart = _squared_distances(x[start : start + _CHUNK], x)
+        row = torch.arange(len(apart), device=x.device)
+        apart[row, start + row] = math.inf
+        reach.append(apart.topk(k, largest=False).values[:, -1])
+    return torch.cat(reach).clamp(min=0)

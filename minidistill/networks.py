@@ -1,7 +1,7 @@
 """Networks: a residual MLP, EDM's preconditioning around it, and the three parts that distillation needs.
 
-`Denoiser` (teacher and fake), `Generator` (the one-step student) and `Discriminator` (the density ratio)
-are thin wrappers; the MLP here or the U-Net in `unet.py` goes inside.
+`Denoiser` (teacher and fake), `Generator` (the one-step student) and two discriminators (the density ratio) are thin
+wrappers; the MLP here or the U-Net in `unet.py` goes inside.
 """
 
 from __future__ import annotations
@@ -68,13 +68,21 @@ class MLP(nn.Module):
         self.blocks = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
         self.outward = nn.Linear(hidden, out_features or features)
 
-    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
-        h = self.inward(x.flatten(1)) + self.condition(self.noise(c_noise))  # (n, hidden)
+    @property
+    def feature_channels(self) -> int:
+        return self.outward.in_features
+
+    def features(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        """The last hidden layer, (n, hidden)."""
+        h = self.inward(x.flatten(1)) + self.condition(self.noise(c_noise))
         if self.label is not None:
             h = h + self.label(label)
         for block in self.blocks:
             h = h + self.activation(block(h))
-        out = self.outward(h)
+        return h
+
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        out = self.outward(self.features(x, c_noise, label))
         return out if self.out_features else out.reshape(x.shape)
 
 
@@ -85,12 +93,16 @@ class Denoiser(nn.Module):
     Args:
         network: F(x, c_noise, label), shaped like x.
         sigma_data: the data's standard deviation.
+
+    `autocast` names the lower precision (torch.bfloat16) in which the network computes; None for its own. The
+    preconditioning around it keeps the precision of x.
     """
 
     def __init__(self, network: nn.Module, sigma_data: float) -> None:
         super().__init__()
         _validate.positive("sigma_data", sigma_data)
         self.network, self.sigma_data = network, float(sigma_data)
+        self.autocast: torch.dtype | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -108,7 +120,19 @@ class Denoiser(nn.Module):
         c_skip = (self.sigma_data * scale).square()
         c_out = s * self.sigma_data * scale
         c_noise = (s.log() / 4).flatten().expand(len(x))
-        return c_skip * x + c_out * self.network(scale * x, c_noise, label)
+        if self.autocast is None:
+            return c_skip * x + c_out * self.network(scale * x, c_noise, label)
+        with torch.autocast(x.device.type, self.autocast):
+            out = self.network(scale * x, c_noise, label)
+        return c_skip * x + c_out * out.to(x.dtype)
+
+    def features(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
+        """The network's features for the same input: an MLP's last hidden layer (n, c), a U-Net's bottleneck (n, c, h, w)."""
+        s = _validate.broadcast_sigma(sigma, x, positive=True)
+        scale = torch.rsqrt(s.square() + self.sigma_data**2)
+        c_noise = (s.log() / 4).flatten().expand(len(x))
+        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
+            return self.network.features(scale * x, c_noise, label).to(x.dtype)  # type: ignore[operator, union-attr]
 
 
 class Correction(nn.Module):
@@ -167,6 +191,27 @@ class Discriminator(nn.Module):
         s = _validate.broadcast_sigma(sigma, x, positive=True)
         scale = torch.rsqrt(s.square() + self.sigma_data**2)
         return self.network(scale * x, (s.log() / 4).flatten().expand(len(x)), label).flatten()
+
+
+class FeatureDiscriminator(nn.Module):
+    """logit(x, sigma, label), (n,), from a small head on a frozen denoiser's features, as DMD2 and f-distill have it: the
+    teacher already knows what images look like at every noise level, so the head learns the ratio fast.
+
+    `feature_channels` are the network's; the denoiser's weights are not part of this module.
+    """
+
+    def __init__(self, denoiser: Denoiser, hidden: int = 128) -> None:
+        super().__init__()
+        self._denoiser = [denoiser]
+        channels = int(denoiser.network.feature_channels)  # type: ignore[arg-type]
+        self.head = nn.Sequential(
+            nn.GroupNorm(1, channels), nn.Conv2d(channels, hidden, 1), nn.SiLU(), nn.Conv2d(hidden, 1, 1)
+        )
+
+    def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
+        features = self._denoiser[0].features(x, sigma, label)
+        features = features if features.ndim == 4 else features[:, :, None, None]
+        return self.head(features).mean((1, 2, 3))  # a logit for every place of the image, averaged
 
 
 def check_input(model: Any, x: Tensor, label: Tensor | None) -> None:

@@ -16,6 +16,7 @@ from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 from minidistill import _validate, checkpoints
+from minidistill.distillation.diagnosis import Diagnosis
 from minidistill.distributions import GaussianMixture
 
 #: Seaborn's colour-blind-safe palette; the same colour means the same thing in every figure.
@@ -112,6 +113,26 @@ def image_grid(images: Tensor, ax: Axes | None = None, *, columns: int = 10, tit
     ax.imshow(canvas.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     ax.set_axis_off()
     ax.set_title(title)
+    return ax
+
+
+def panel(seen: Diagnosis, ax: Axes | None = None, *, columns: int = 12) -> Axes:
+    """The state of an image distillation at a glance. Rows: student samples, the same noised (each image scaled back to
+    its range), the teacher's and the fake network's denoised. Columns: noise levels, rising from left to right."""
+    ax = _axes(ax, (0.85 * columns, 3.6))
+    pick = torch.linspace(0, len(seen.x0) - 1, columns).round().long()
+    noised = seen.xt / (1 + seen.sigma.reshape(-1, 1, 1, 1).square()).sqrt()
+    rows = torch.cat([x[pick].cpu() for x in (seen.x0, noised, seen.teacher_x0, seen.fake_x0)])
+    image_grid(rows, ax, columns=columns)
+    side = rows.shape[2] + 1
+    ax.set_axis_on()
+    ax.grid(False)
+    ax.set_yticks([(k + 0.5) * side for k in range(4)], ["student", "noised", "teacher's\ndenoised", "fake's\ndenoised"])
+    ax.set_xticks([(k + 0.5) * (rows.shape[3] + 1) for k in range(columns)], [f"{s:.2g}" for s in seen.sigma[pick].tolist()])
+    ax.set(xlabel=r"noise level $\sigma$", title=f"score gap {seen.score_gap:.3f} (root mean square, in units of the data's)")
+    ax.tick_params(length=0)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
     return ax
 
 

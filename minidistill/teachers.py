@@ -1,21 +1,26 @@
 """Teachers: anything that denoises, D(x, sigma, label).
 
-An exact `GaussianMixture` is one already. `train_denoiser` makes one from data; the exact mixture's noised
-samples and the trained network then meet in the same tests, samplers and distillations.
+An exact `GaussianMixture` is one already. `train_denoiser` makes one from data, `from_diffusers` wraps one that was
+trained elsewhere; all of them then meet in the same tests, samplers and distillations.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from pathlib import Path
+import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minidistill import _validate, training
+from minidistill import _validate, parallel, training
+from minidistill.data import random_flip, to_float
+from minidistill.diffusers_teacher import DiffusersDenoiser, from_diffusers
 from minidistill.networks import MLP, Denoiser
 from minidistill.score_matching import denoising_loss, edm_weight, log_normal_sigma
+from minidistill.training import Speed
+
+__all__ = ["DiffusersDenoiser", "from_diffusers", "train_denoiser"]
 
 
 def train_denoiser(
@@ -31,32 +36,38 @@ def train_denoiser(
     ema_halflife: float = 100_000,
     clip: float = 1.0,
     warmup: int = 100,
+    hold: float = 0.2,
+    flip: bool = False,
+    accumulate: int = 1,
+    speed: Speed | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
-    progress: bool = True,
-    checkpoint: str | Path | None = None,
-    checkpoint_every: int = 500,
-    resume: bool = False,
-    callbacks: Sequence[training.Callback] = (),
-    callback_every: int = 500,
+    **fit_options: Any,
 ) -> Denoiser:
     """Train D(x, sigma) by denoising score matching with EDM's weights and noise levels (Karras 2022).
 
     Args:
-        data: (n, *shape), floating; kept on `device` as a whole.
+        data: (n, *shape), floating, or images as bytes (uint8), which are trained on as [-1, 1]; kept on `device`
+            as a whole.
         network: F(x, c_noise, label); None for an MLP of width 256, class-conditional if there are labels.
         labels: (n,) classes 0..c-1, for a class-conditional teacher.
         sigma_mean, sigma_std: of ln sigma, relative to data of standard deviation 0.5 as in EDM; other data
             shift the mean by ln(sigma_data / 0.5).
         ema_halflife: in samples seen.
-        checkpoint, resume, callbacks: as in `training.fit`; the state's modules are "net" and "ema".
+        warmup, hold: the learning rate rises for `warmup` steps, stays until `hold` of the run, falls to 0 (hold = 1: never).
+        flip: mirror each image left to right half of the time.
+        accumulate: pieces that a batch is computed in, one after the other, where memory is short.
+        speed: precision, memory format, compilation.
+        fit_options: `checkpoint`, `resume`, `callbacks`, `progress`, `minutes`, ... of `training.fit`; the state's modules
+            are "net" and "ema".
     Returns:
         the averaged (EMA) denoiser, in eval mode.
     Raises:
-        ValueError, TypeError: data that is not (n, *shape), finite and floating; labels that do not fit it
+        ValueError, TypeError: data that is not (n, *shape), finite and floating or bytes; labels that do not fit it
             or the network; bad counts and rates; a checkpoint of another run.
     """
-    _validate.samples("data", data, least=2)
+    if not (isinstance(data, Tensor) and data.dtype == torch.uint8 and data.ndim == 4):
+        _validate.samples("data", data, least=2)
     n_classes = 0
     if labels is not None:
         _validate.labels("labels", labels, len(data))
@@ -64,44 +75,56 @@ def train_denoiser(
     for name, number in (("steps", steps), ("batch_size", batch_size)):
         _validate.whole(name, number)
     for name, value in (("learning_rate", learning_rate), ("sigma_std", sigma_std),
-                        ("ema_halflife", ema_halflife), ("clip", clip)):
+                        ("ema_halflife", ema_halflife), ("clip", clip), ("hold", hold)):
         _validate.positive(name, value)
+    _validate.whole("accumulate", accumulate)
+    mine = parallel.parts(batch_size, accumulate)
+    if flip and data.ndim != 4:
+        raise ValueError(f"flip=True: wanted images (n, c, h, w), but data has shape {tuple(data.shape)}")
     rng = training.generator_on(device, seed)
     torch.manual_seed(seed)  # initial weights and dropout
     if network is None:
         network = MLP(tuple(data.shape[1:]), hidden=256, depth=3, n_classes=n_classes)
     _fits(network, data, n_classes)
-    data = data.to(device, torch.get_default_dtype())  # the networks' own
-    labels = None if labels is None else labels.to(device)
-    sigma_data = float(data.std())
+    if data.is_floating_point():
+        data = data.to(torch.get_default_dtype())  # the networks' own
+    data, labels = data.to(device), None if labels is None else labels.to(device)
+    sigma_data = _standard_deviation(data)
     denoiser = Denoiser(network.to(device).train(), sigma_data)
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
+    (speed or Speed()).apply(denoiser)
     averages: list[Tensor] = list(ema.parameters())
     weights: list[Tensor] = list(denoiser.parameters())
     optimizer = torch.optim.Adam(denoiser.parameters(), learning_rate, betas=(0.9, 0.99), fused=True)
-    shift = sigma_mean + torch.log(torch.tensor(sigma_data / 0.5)).item()
+    shift = sigma_mean + math.log(sigma_data / 0.5)
+    model = parallel.wrap(denoiser)
 
     def update(state: training.State) -> dict[str, Tensor]:
         index = torch.randint(len(data), (batch_size,), generator=rng, device=device)
-        x0, label = data[index], None if labels is None else labels[index]
         sigma = log_normal_sigma(batch_size, shift, sigma_std, rng, device)
-        noise = torch.randn(x0.shape, generator=rng, device=device)
-        loss = denoising_loss(denoiser, x0, sigma, noise, label, edm_weight(sigma, sigma_data)).mean()
-        training.set_learning_rate(optimizer, learning_rate * training.schedule(state.step, steps, warmup))
-        training.optimizer_step(loss, optimizer, clip)
+        noise = torch.randn((batch_size, *data.shape[1:]), generator=rng, device=device)
+        x0 = to_float(data[index])
+        x0 = random_flip(x0, rng) if flip else x0
+        training.set_learning_rate(optimizer, learning_rate * training.schedule(state.step, steps, warmup, hold))
+        loss = torch.zeros((), device=device)
+        for number, i in enumerate(mine, 1):
+            with parallel.last_only(model, number == len(mine)):
+                label = None if labels is None else labels[index[i]]
+                weight = edm_weight(sigma[i], sigma_data)
+                piece = denoising_loss(model, x0[i], sigma[i], noise[i], label, weight).mean() / len(mine)
+                training.backward(piece, optimizer)
+            loss += piece.detach()
+        skipped = training.descend(optimizer, clip)
         training.update_ema(averages, weights, ema_halflife, batch_size, state.step)
-        return {"loss": loss.detach()}
+        return {"loss": loss, "skipped": skipped}
 
     config = {
         "run": "denoiser", "network": network.config, "data": [*data.shape], "sigma_data": sigma_data, "steps": steps,
         "batch_size": batch_size, "learning_rate": learning_rate, "sigma": [sigma_mean, sigma_std],
-        "ema_halflife": ema_halflife, "clip": clip, "warmup": warmup, "seed": seed,
+        "ema_halflife": ema_halflife, "clip": clip, "warmup": warmup, "hold": hold, "flip": flip, "seed": seed,
     }
     state = training.State({"net": denoiser, "ema": ema}, {"net": optimizer}, rng, config)
-    training.fit(
-        state, update, steps, progress=progress, description="teacher", callbacks=callbacks,
-        callback_every=callback_every, checkpoint=checkpoint, checkpoint_every=checkpoint_every, resume=resume,
-    )
+    training.fit(state, update, steps, batch_size=batch_size, **({"description": "teacher"} | fit_options))
     return ema
 
 
@@ -115,3 +138,13 @@ def _fits(network: nn.Module, data: Tensor, n_classes: int) -> None:
     if bool(classes) != bool(n_classes) or classes < n_classes:
         raise ValueError(f"network has {classes} classes, but labels has {n_classes}; wanted labels for conditional "
                          "networks, none for others")
+
+
+def _standard_deviation(data: Tensor) -> float:
+    """Of all values; bytes are counted instead of turned into floats, of which there would be four times as many."""
+    if data.is_floating_point():
+        return float(data.std())
+    counts = torch.bincount(data.flatten(), minlength=256).double()
+    values = to_float(torch.arange(256, dtype=torch.uint8, device=data.device)).double()
+    mean = (counts * values).sum() / counts.sum()
+    return float(((counts * (values - mean).square()).sum() / counts.sum()).sqrt())

@@ -1,7 +1,7 @@
-"""The one training loop: progress bar, EMA, clipping, callbacks, checkpoints, exact resume, Ctrl-C.
+"""The one training loop: progress bar, EMA, clipping, callbacks, checkpoints, exact resume, Ctrl-C, time budgets.
 
 A run is a `State`; what one step does is a function `update(state) -> losses`, written by whoever trains
-(`teachers.py`, `distillation/loop.py`). `fit` repeats it and looks after everything else.
+(`teachers.py`, `distillation/loop.py`). `fit` repeats it and looks after everything else, in one process or several.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from minidistill import _validate, checkpoints
+from minidistill import _validate, checkpoints, parallel
 
 
 @dataclass
@@ -30,6 +31,7 @@ class State:
     """Everything that a run needs to go on as if it had never stopped.
 
     `config` describes the run (data, network, seed, ...); a checkpoint with another config is refused.
+    `skipped` counts the updates that were left out because their gradient was not finite.
     """
 
     modules: dict[str, nn.Module]
@@ -38,10 +40,13 @@ class State:
     config: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+    skipped: int = 0
 
 
 #: Extra arguments of every progress bar; a worker process puts its own line here.
 bar_options: dict[str, Any] = {}
+PATIENCE = 20  # so many skipped updates in a row end the run
+AGREE_EVERY = 5  # several processes ask each other this often whether one of them was told to stop
 
 Update = Callable[[State], dict[str, Tensor]]
 Callback = Callable[[State], "dict[str, float] | None"]
@@ -52,6 +57,8 @@ def fit(
     update: Update,
     steps: int,
     *,
+    batch_size: int | None = None,
+    minutes: float | None = None,
     progress: bool = True,
     description: str = "training",
     log_every: int = 50,
@@ -61,64 +68,142 @@ def fit(
     checkpoint_every: int = 500,
     resume: bool = False,
 ) -> State:
-    """Call `update(state)` until `state.step == steps`.
+    """Call `update(state)` until `state.step == steps`, or until `minutes` have passed.
 
     Losses are logged to `state.history` every `log_every` steps; each callback is called every `callback_every`
-    steps and at the end, and what it returns is added to the history too. With `checkpoint`, the whole
-    state is written there every `checkpoint_every` steps, at the end and on Ctrl-C (which lets the step
-    finish, saves, and then raises KeyboardInterrupt); with `resume`, it is read back first if the file is there.
+    steps and at the end, and what it returns is added to the history too. With `batch_size`, records and bar also count
+    the samples seen. With `checkpoint`, the whole state is written there every `checkpoint_every` steps, at the
+    end and on Ctrl-C (which lets the step finish, saves, and then raises KeyboardInterrupt); with `resume`, it is read
+    back first if the file is there. Of several processes (`parallel.py`) only number 0 writes and calls callbacks.
+
+    An entry "skipped" of what `update` returns (as `optimizer_step`'s) says whether the step was left out.
 
     Raises:
         ValueError: bad counts, or a checkpoint that is corrupt or of another run.
-        FloatingPointError: a loss became NaN or infinite; the last checkpoint stays as it was.
+        FloatingPointError: a loss became NaN or infinite and was not skipped, or 20 steps in a row were; the last
+            checkpoint stays as it was.
     """
     for name, value in (("steps", steps), ("log_every", log_every), ("callback_every", callback_every),
                         ("checkpoint_every", checkpoint_every)):
         _validate.whole(name, value, least=0 if name == "steps" else 1)
+    if minutes is not None:
+        _validate.positive("minutes", minutes)
+    deadline = time.monotonic() + 60 * (minutes if minutes is not None else math.inf)
+    device, main = state.rng.device, parallel.rank() == 0
     path = None if checkpoint is None else checkpoints.writable(checkpoint)
     if path is not None and resume and path.exists():
         load_state(path, state)
-    bar = tqdm(total=steps, initial=state.step, disable=not progress, desc=description, **bar_options)
+    size = batch_size or 1
+    bar = tqdm(
+        total=steps * size, initial=state.step * size, disable=not progress or not main, desc=description,
+        **({"unit": "sample", "unit_scale": True} if batch_size else {}), **bar_options,
+    )
+    skipped, in_a_row = torch.zeros((), device=device), torch.zeros((), device=device)
     with bar, _sigint() as stopped:
         while state.step < steps:
             losses = update(state)
             state.step += 1
-            bar.update()
-            last, stopping = state.step == steps, stopped.is_set()  # read once: a Ctrl-C may come at any time
+            bar.update(size)
+            bad = losses.pop("skipped", torch.zeros((), device=device))  # added up on the device: no waiting for it
+            skipped, in_a_row = skipped + bad, (in_a_row + bad) * bad
+            last, stopping, over = state.step == steps, stopped.is_set(), time.monotonic() > deadline
+            if parallel.world() > 1:  # all must leave the loop at the same step
+                agree = state.step % AGREE_EVERY == 0
+                stopping, over = (agree and parallel.any_of(flag, device) for flag in (stopping, over))
+            last = last or over
             record: dict[str, float] = {}
             saving = path is not None and (state.step % checkpoint_every == 0 or last or stopping)
-            if state.step % log_every == 0 or last or saving:  # a state with NaNs is never saved
-                record = {name: float(value) for name, value in losses.items()}
-                _refuse_non_finite(record, state.step)
-            if state.step % callback_every == 0 or last:
+            if state.step % log_every == 0 or last or saving or stopping:  # a state with NaNs is never saved
+                record = parallel.mean(losses | {"skipped": skipped}, device)
+                record = _checked(record, state, int(in_a_row))
+                skipped = torch.zeros_like(skipped)
+            if main and (state.step % callback_every == 0 or last):
                 for callback in callbacks:
                     record |= callback(state) or {}
             if record:
-                state.history.append({"step": state.step, **record})
+                seen = {"images": state.step * batch_size} if batch_size else {}
+                state.history.append({"step": state.step, **seen, **record})
                 bar.set_postfix({name: f"{value:.3g}" for name, value in record.items()})
-            if path is not None and saving:
+            if path is not None and saving and main:
                 save_state(path, state)
-            if stopping or (last and stopped.is_set()):
+            if stopping or (state.step == steps and stopped.is_set()):
                 saved = f"; saved in {path}" if path else ""
                 raise KeyboardInterrupt(f"stopped at step {state.step} of {steps}{saved}")
+            if over:
+                break
     return state
 
 
-def optimizer_step(loss: Tensor, optimizer: torch.optim.Optimizer, clip: float | None = None) -> None:
-    """Backward pass of a scalar loss and one update of the optimizer's parameters, the gradient's norm clipped."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    grads = torch.autograd.grad(loss, parameters)  # only these: a generator's loss leaves the fake network alone
-    for parameter, grad in zip(parameters, grads, strict=True):
-        parameter.grad = grad
+def optimizer_step(loss: Tensor, optimizer: torch.optim.Optimizer, clip: float | None = None) -> Tensor:
+    """Backward pass of a scalar loss and one update of the optimizer's parameters; see `descend`."""
+    backward(loss, optimizer)
+    return descend(optimizer, clip)
+
+
+def backward(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Add the loss's gradient to the optimizer's parameters, and to nothing else: a generator's loss passes through
+    the fake network and leaves it alone."""
+    torch.autograd.backward(loss, inputs=_parameters(optimizer))
+
+
+@torch.no_grad()
+def descend(optimizer: torch.optim.Optimizer, clip: float | None = None) -> Tensor:
+    """One update with the gradients gathered by `backward`, their norm clipped. If the norm is not finite nothing changes.
+
+    Returns 1.0 if the update was skipped and 0.0 if not, on the parameters' device: nobody has to wait for it.
+    """
+    parameters = _parameters(optimizer)
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(grads)
+    bad = (~norm.isfinite()).float()
     if clip is not None:
-        nn.utils.clip_grad_norm_(parameters, clip)
-    optimizer.step()
+        nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = bad  # type: ignore[attr-defined]  # the fused kernel reads it, as for GradScaler
+        optimizer.step()
+    elif not bad:
+        optimizer.step()
+    optimizer.zero_grad()
+    return bad
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How to run a network fast; what it computes stays the same up to rounding.
+
+    precision: "bfloat16" for automatic mixed precision (weights, losses and optimizers stay in float32).
+    channels_last: the memory order that convolutions prefer on GPUs.
+    compile: True for `torch.compile`; "cuda_graphs" for its mode that also records CUDA graphs.
+    """
+
+    precision: str = "float32"
+    channels_last: bool = False
+    compile: bool | str = False
+
+    def apply(self, denoiser: nn.Module) -> None:
+        """Change a `Denoiser` (or `Generator`) in place. Raises ValueError for an unknown setting."""
+        dtypes = {"float32": None, "bfloat16": torch.bfloat16}
+        modes: dict[Any, str | None] = {False: None, True: "default", "cuda_graphs": "reduce-overhead"}
+        autocast = _validate.choose("precision", self.precision, dtypes)
+        if self.compile not in modes:
+            raise ValueError(f"compile={self.compile!r}: wanted False, True or 'cuda_graphs'")
+        for module in denoiser.modules():
+            if hasattr(module, "autocast"):
+                module.autocast = autocast
+                if self.channels_last:
+                    module.network.to(memory_format=torch.channels_last)  # type: ignore[operator, union-attr]
+                if mode := modes[self.compile]:
+                    module.network.compile(mode=mode)  # type: ignore[operator, union-attr]
 
 
 def schedule(step: int, steps: int, warmup: int = 0, hold: float = 0.2) -> float:
-    """The learning rate's factor: a linear warm-up, 1 until `hold` of the run, then linearly to 0."""
+    """The learning rate's factor: a linear warm-up, 1 until `hold` of the run, then linearly to 0 (hold = 1: never)."""
     rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    return rise * min(1.0, (1 - step / steps) / (1 - hold))
+    return rise * min(1.0, (1 - step / steps) / (1 - hold)) if hold < 1 else rise
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -156,10 +241,18 @@ def save_state(path: str | Path, state: State) -> None:
             tensors |= {f"opt.{name}.{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
     kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 (the global generator, whoever uses it)
     meta = {
-        "config": state.config, "step": state.step, "history": state.history, "param_groups": groups,
+        "config": state.config, "step": state.step, "history": state.history, "skipped": state.skipped,
+        "param_groups": groups,
         "python_rng": random.getstate(), "numpy_rng": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],
     }
     checkpoints.write(path, tensors, {"kind": "training", "state": json.dumps(meta)})
+
+
+def progress_of(path: str | Path) -> dict[str, Any]:
+    """How far the run saved there is: "step", "history", "skipped"; step 0 if there is no such file."""
+    if not checkpoints.exists(path):
+        return {"step": 0, "history": [], "skipped": 0}
+    return json.loads(checkpoints.read(path, kind="training")[1]["state"])
 
 
 def load_state(path: str | Path, state: State) -> None:
@@ -189,7 +282,9 @@ def load_state(path: str | Path, state: State) -> None:
     random.setstate((version, tuple(internal), gauss_next))
     kind, keys, position, has_gauss, gauss = meta["numpy_rng"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))  # noqa: NPY002
-    state.step, state.history = meta["step"], meta["history"]
+    state.step, state.history, state.skipped = meta["step"], meta["history"], meta.get("skipped", 0)
+    if parallel.rank():  # the file has process 0's state: others would drop out the same units as it
+        torch.manual_seed(torch.initial_seed() + state.step + parallel.rank())
 
 
 def _same_config(path: str | Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
@@ -199,25 +294,34 @@ def _same_config(path: str | Path, saved: dict[str, Any], given: dict[str, Any])
         raise ValueError(f"{path} belongs to another run: {what}. Use the same arguments, or another file")
 
 
-def _refuse_non_finite(record: dict[str, float], step: int) -> None:
+def _checked(record: dict[str, float], state: State, in_a_row: int) -> dict[str, float]:
+    """The record without what is not finite, which is tolerated only while updates are skipped now and then."""
+    new = round(record.pop("skipped"))
+    state.skipped += new
     bad = [name for name, value in record.items() if not math.isfinite(value)]
-    if bad:
-        raise FloatingPointError(f"{', '.join(bad)} is not finite at step {step}; try a lower learning rate")
+    if (bad and not in_a_row) or in_a_row >= min(PATIENCE, state.step):
+        what = ", ".join(bad) or "the gradient"
+        length = f" ({in_a_row} updates in a row were skipped)" if in_a_row else ""
+        raise FloatingPointError(f"{what} is not finite at step {state.step}{length}; try a lower learning rate")
+    kept = {name: value for name, value in record.items() if name not in bad}
+    return kept | ({"skipped": float(state.skipped)} if state.skipped else {})
 
 
 @contextmanager
 def _sigint() -> Iterator[threading.Event]:
-    """While active, the first Ctrl-C only sets the event, so that a step is never cut in half; the second one
-    raises as usual."""
+    """While active, the first Ctrl-C only sets the event, so that a step is never cut in half; a second one raises as
+    usual, unless it comes at once: then a launcher has passed on what the terminal had sent already."""
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
         yield stopped
         return
-    before = signal.getsignal(signal.SIGINT)
+    before, first = signal.getsignal(signal.SIGINT), math.inf
 
     def handle(signum: int, frame: object) -> None:
-        if stopped.is_set():
+        nonlocal first
+        if stopped.is_set() and time.monotonic() > first + 1:
             raise KeyboardInterrupt
+        first = min(first, time.monotonic())
         stopped.set()
 
     signal.signal(signal.SIGINT, handle)

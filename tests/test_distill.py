@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from minidistill import distillation, ring
+from minidistill import ring
 from minidistill.distillation import OBJECTIVES, distill, draw
 from minidistill.distillation.matching import fake_loss
+from minidistill.distillation.prepare import prepare
 from minidistill.metrics import grid_kl
 from minidistill.networks import MLP, Correction, Denoiser, Generator
 from minidistill.teachers import train_denoiser
@@ -76,8 +77,8 @@ def test_student_and_fake_start_from_a_trained_teachers_weights(class_teacher):
     """Both equal the teacher before training, share nothing with it, and training leaves the teacher alone."""
     teacher, x, label = class_teacher
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
-    run = distillation._prepare(teacher, None, OBJECTIVES["forward_kl"], (2,), 3, teacher.sigma_data, 1.0, x, label,
-                                torch.Generator().manual_seed(0))
+    run = prepare(teacher, None, needs_ratio=True, shape=(2,), sigma_data=teacher.sigma_data, sigma_init=1.0, data=x,
+                  labels=label, flip=False, rng=torch.Generator().manual_seed(0))
     assert states_equal(run.generator.denoiser.state_dict(), before)
     assert states_equal(run.fake.state_dict(), before)
     assert all(parameter.requires_grad for parameter in [*run.generator.parameters(), *run.fake.parameters()])

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from minidistill.distributions import ring
-from minidistill.networks import MLP, Correction, Denoiser, Discriminator, Generator
+from minidistill.networks import MLP, Correction, Denoiser, Discriminator, FeatureDiscriminator, Generator
 from minidistill.unet import UNet
 from tests.helpers import small_denoiser
 
@@ -178,3 +178,31 @@ X = torch.zeros(3, 2)
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("kind", ["mlp", "unet"])
+def test_a_feature_discriminator_reads_a_frozen_denoiser(kind):
+    """Its weights are the head's alone; gradients reach the input through the denoiser, and the head, and nothing else."""
+    shape = (1, 8, 8)
+    torch.manual_seed(0)
+    network = MLP(shape, hidden=16, n_classes=3) if kind == "mlp" else UNet(shape, 8, (1, 2), 1, n_classes=3)
+    denoiser = Denoiser(network, 0.5).requires_grad_(False)
+    ratio = FeatureDiscriminator(denoiser)
+    assert all(name.startswith("head.") for name in ratio.state_dict())
+    x, label = torch.randn(5, *shape, requires_grad=True), torch.tensor([0, 1, 2, 0, 1])
+    logit = ratio(x, torch.full((5,), 0.7), label)
+    assert logit.shape == (5,)
+    logit.sum().backward()
+    assert float(x.grad.abs().sum()) > 0
+    assert all(p.grad is not None for p in ratio.parameters())
+    assert all(p.grad is None for p in denoiser.parameters())
+
+
+def test_features_are_what_the_output_is_made_of():
+    torch.manual_seed(0)
+    denoiser = Denoiser(MLP((3,), hidden=16), 0.5)
+    x, sigma = torch.randn(4, 3), torch.rand(4) + 0.1
+    s = sigma[:, None]
+    scale = (s**2 + 0.25).rsqrt()
+    by_hand = 0.25 * scale**2 * x + 0.5 * s * scale * denoiser.network.outward(denoiser.features(x, sigma))
+    torch.testing.assert_close(denoiser(x, sigma), by_hand)

@@ -28,6 +28,16 @@ WRONG: dict[str, list[Callable[..., Any]]] = {
     "mixture_score": [_forgot_normaliser, lambda *a: -solutions.mixture_score(*a)],
     "tweedie": [lambda f, x, s: x + s * f(x), lambda f, x, s: s**2 * f(x)],
     "langevin_share": [lambda start, weight: weight, lambda start, weight: (start + weight) / 2],
+    "normalised_ratio": [lambda r, k: r / r.mean(), lambda r, k: solutions.normalised_ratio(r, k).log()],
+    "sim_gradient": [
+        lambda y, r, p, q: 2 * y, lambda y, r, p, q: 2 * y - 2 * y @ q,
+        lambda y, r, p, q: solutions.sim_gradient(y, r, p.T, q.T), lambda *a: -solutions.sim_gradient(*a),
+    ],
+    "c_out": [lambda skip, s, d: (1 - skip) * d + skip * s, lambda skip, s, d: d],
+    "ema_decay": [lambda halflife, size: 1 - size / halflife, lambda halflife, size: 0.5 ** (halflife / size)],
+    "mirror": [lambda x, coins: x.flip(-1), lambda x, coins: solutions.mirror(x.mT, coins).mT],
+    "noise_through": [lambda s, d: s, lambda s, d: d**2 / (s**2 + d**2)],
+    "sid_loss": [lambda p, q, x, a: -solutions.sid_loss(p, q, x, a), lambda p, q, x, a: solutions.sid_loss(q, p, x, a)],
 }
 CASES = [(name, wrong) for name, answers in WRONG.items() for wrong in answers]
 

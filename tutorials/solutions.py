@@ -31,3 +31,45 @@ def tweedie(score, x, sigma):
 def langevin_share(start, weight):
     """No walker crosses in any reasonable time, so the start decides and the weight does not matter."""
     return start
+
+
+# 15_digits
+def normalised_ratio(ratio, level):
+    """E_q[p / q] = 1 at every noise level, so that each level has its own mean."""
+    result = ratio.clone()
+    for one in level.unique():
+        result[level == one] /= ratio[level == one].mean()
+    return result
+
+
+def sim_gradient(y, residual, J_p, J_q):
+    """DMD's 2 y, the fake network's answer to a moving x0, and the change of y itself."""
+    return 2 * y - 2 * y @ J_q - 2 * residual @ (J_q - J_p)
+
+
+# 16_cifar10_teacher
+def c_out(c_skip, sigma, sigma_data):
+    """x0 - c_skip x = (1 - c_skip) x0 - c_skip sigma e, two independent parts."""
+    return ((1 - c_skip) ** 2 * sigma_data**2 + c_skip**2 * sigma**2) ** 0.5
+
+
+def ema_decay(halflife, batch_size):
+    """One step sees batch_size images, a fraction batch_size / halflife of a halving."""
+    return 0.5 ** (batch_size / halflife)
+
+
+def mirror(images, coins):
+    """The last axis is the width."""
+    return coins[:, None, None, None] * images.flip(-1) + ~coins[:, None, None, None] * images
+
+
+# 17_cifar10_one_step
+def noise_through(sigma_init, sigma_data):
+    """The skip lets c_skip sigma_init z through; it is largest, sigma_data / 2, at sigma_init = sigma_data."""
+    return sigma_init * sigma_data**2 / (sigma_init**2 + sigma_data**2)
+
+
+def sid_loss(teacher_x0, fake_x0, x0, alpha):
+    """Zhou 2024: (1 - alpha) |D_p - D_q|^2 + (D_p - D_q) . (D_q - x0)."""
+    gap = teacher_x0 - fake_x0
+    return (gap * ((1 - alpha) * gap + fake_x0 - x0)).flatten(1).sum(1)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from minidistill import _validate, training
+from minidistill import _validate, parallel, training
 from minidistill.distillation.batch import Batch
-from minidistill.networks import Discriminator, Generator
+from minidistill.distillation.diagnosis import Diagnosis, diagnose
+from minidistill.distillation.prepare import Run
+from minidistill.networks import Generator
 from minidistill.score_matching import log_uniform_sigma
 
 
@@ -34,7 +36,7 @@ class Distilled:
     history: list[dict[str, float]]
     teacher: Callable[..., Tensor]
     fake: nn.Module
-    ratio: Discriminator | None
+    ratio: nn.Module | None
 
     @torch.no_grad()
     def sample(self, n: int, *, label: Tensor | None = None, seed: int = 0) -> Tensor:
@@ -53,19 +55,6 @@ def draw(generator: Generator, n: int, *, label: Tensor | None = None, seed: int
     return generator(z, None if label is None else label.to(device))
 
 
-@dataclass
-class Run:
-    """The networks and samples of one distillation, made by `prepare`."""
-
-    teacher: Callable[..., Tensor]
-    generator: Generator
-    fake: nn.Module
-    ratio: Discriminator | None
-    real: Callable[[int], tuple[Tensor, Tensor | None]] | None  # n -> (samples, labels)
-    class_weights: Tensor | None
-    sigma_data: float
-
-
 def train(
     run: Run,
     objective: Objective,
@@ -77,54 +66,91 @@ def train(
     critic_learning_rate: float,
     sigma_min: float,
     sigma_max: float,
+    hold: float,
+    clip: float | None,
     ema_halflife: float,
+    accumulate: int,
+    speed: training.Speed,
     rng: torch.Generator,
     config: dict[str, Any],
-    evaluate: Callable[[Generator], dict[str, float]] | None = None,
+    evaluate: Callable[[Generator], dict[str, float]] | None,
+    inspect: Callable[[Diagnosis], None] | None,
+    callbacks: Sequence[training.Callback] = (),
     **fit_options: Any,
 ) -> Distilled:
     """Alternate `critic_steps` updates of fake (and ratio) with one of the generator, `steps` times."""
-    device = rng.device
+    device, generator = rng.device, run.generator
     critic = nn.ModuleDict({"fake": run.fake} | ({"ratio": run.ratio} if run.ratio else {}))
-    ema = copy.deepcopy(run.generator).eval().requires_grad_(False)
+    ema = copy.deepcopy(generator).eval().requires_grad_(False)
     averages: list[Tensor] = list(ema.parameters())
-    weights: list[Tensor] = list(run.generator.parameters())
+    weights: list[Tensor] = list(generator.parameters())
+    for module in (generator, run.fake, run.teacher):
+        if isinstance(module, nn.Module):
+            speed.apply(module)
     # beta1 = 0: both play a game whose gradients turn, and momentum overshoots (as SiD's and StyleGAN's Adam).
-    generator_optimizer = torch.optim.Adam(run.generator.parameters(), learning_rate, betas=(0.0, 0.99), fused=True)
+    generator_optimizer = torch.optim.Adam(weights, learning_rate, betas=(0.0, 0.99), fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), critic_learning_rate, betas=(0.0, 0.99), fused=True)
+    mine = parallel.parts(batch_size, accumulate)  # of every batch, what this process computes, in pieces
+    student, fake = parallel.wrap(generator), parallel.wrap(run.fake)
+    ratio = parallel.wrap(run.ratio) if run.ratio else None
 
-    def noised(x0: Tensor, label: Tensor | None) -> Batch:
-        sigma = log_uniform_sigma(len(x0), sigma_min, sigma_max, rng, device)
-        noise = torch.randn(x0.shape, generator=rng, device=device)
-        return Batch(x0, sigma, noise, run.teacher, run.fake, label, run.ratio, sigma_data=run.sigma_data)
+    def noise() -> tuple[Tensor, Tensor]:
+        sigma = log_uniform_sigma(batch_size, sigma_min, sigma_max, rng, device)
+        return sigma, torch.randn(batch_size, *generator.shape, generator=rng, device=device)
 
-    def generate() -> tuple[Tensor, Tensor | None]:
-        z = torch.randn(batch_size, *run.generator.shape, generator=rng, device=device)
-        label = None
-        if run.class_weights is not None:
-            label = torch.multinomial(run.class_weights, batch_size, replacement=True, generator=rng)
-        return run.generator(z, label), label
+    def noised(x0: Tensor, label: Tensor | None, level: tuple[Tensor, Tensor], i: slice, fake: Any, ratio: Any) -> Batch:
+        return Batch(x0, level[0][i], level[1][i], run.teacher, fake, label, ratio, sigma_data=run.sigma_data)
+
+    def critic_step(x0: list[Tensor], label: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+        level, loss = noise(), torch.zeros((), device=device)
+        real, real_label = (None, None) if run.real is None else run.real(batch_size)
+        for k, i in enumerate(mine):
+            batch = noised(x0[k], label[k], level, i, fake, ratio)
+            batch.real = None if real is None else real[i]
+            batch.real_label = None if real_label is None else real_label[i]
+            with parallel.last_only(fake, i is mine[-1]), parallel.last_only(ratio, i is mine[-1]):
+                piece = objective.critic_loss(batch).mean() / accumulate
+                training.backward(piece, critic_optimizer)
+            loss += piece.detach()
+        return loss, training.descend(critic_optimizer, clip)
+
+    def generator_step(z: Tensor, label: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+        level, loss = noise(), torch.zeros((), device=device)
+        for k, i in enumerate(mine):
+            with parallel.last_only(student, i is mine[-1]):
+                # The bare fake and ratio here: gradients pass through them, and their own are not wanted.
+                batch = noised(student(z[i], label[k]), label[k], level, i, run.fake, run.ratio)
+                piece = objective.generator_loss(batch).mean() / accumulate
+                training.backward(piece, generator_optimizer)
+            loss += piece.detach()
+        return loss, training.descend(generator_optimizer, clip)
 
     def update(state: training.State) -> dict[str, Tensor]:
-        factor = training.schedule(state.step, steps)
+        factor = training.schedule(state.step, steps, hold=hold)
         training.set_learning_rate(generator_optimizer, learning_rate * factor)
         training.set_learning_rate(critic_optimizer, critic_learning_rate * factor)
-        x0, label = generate()
+        z = torch.randn(batch_size, *generator.shape, generator=rng, device=device)
+        label: list[Tensor | None] = [None] * accumulate
+        if run.class_weights is not None:
+            classes = torch.multinomial(run.class_weights, batch_size, replacement=True, generator=rng)
+            label = [classes[i] for i in mine]
+        with torch.no_grad():
+            x0 = [generator(z[i], label[k]) for k, i in enumerate(mine)]
         for _ in range(critic_steps):  # the same samples at fresh noise levels: cheaper than fresh samples
-            batch = noised(x0.detach(), label)
-            if run.real is not None:
-                batch.real, batch.real_label = run.real(batch_size)
-            critic_loss = objective.critic_loss(batch).mean()
-            training.optimizer_step(critic_loss, critic_optimizer)
-        generator_loss = objective.generator_loss(noised(x0, label)).mean()
-        training.optimizer_step(generator_loss, generator_optimizer)
+            critic_loss, critic_skipped = critic_step(x0, label)
+        generator_loss, skipped = generator_step(z, label)
         training.update_ema(averages, weights, ema_halflife, batch_size, state.step)
-        return {"critic": critic_loss.detach(), "generator": generator_loss.detach()}
+        return {"critic": critic_loss, "generator": generator_loss, "skipped": torch.maximum(skipped, critic_skipped)}
+
+    def look(state: training.State) -> dict[str, float]:
+        seen = diagnose(ema, run.teacher, run.fake, sigma_data=run.sigma_data, ratio=run.ratio)
+        inspect(seen)  # type: ignore[misc]
+        return {"score_gap": seen.score_gap} | ({} if seen.log_ratio is None else {"log_ratio": seen.log_ratio})
 
     state = training.State(
-        {"generator": run.generator, "ema": ema, "critic": critic},
+        {"generator": generator, "ema": ema, "critic": critic},
         {"generator": generator_optimizer, "critic": critic_optimizer}, rng, config,
     )
-    callbacks = [] if evaluate is None else [lambda state: evaluate(ema)]
-    training.fit(state, update, steps, callbacks=callbacks, **fit_options)
-    return Distilled(run.generator.eval(), ema, state.history, run.teacher, run.fake, run.ratio)
+    every = [*callbacks, *([look] if inspect else []), *([lambda state: evaluate(ema)] if evaluate else [])]
+    training.fit(state, update, steps, batch_size=batch_size, callbacks=every, **fit_options)
+    return Distilled(generator.eval(), ema, state.history, run.teacher, run.fake, run.ratio)

@@ -39,14 +39,17 @@ def ratio_loss(batch: Batch) -> Tensor:
 class DistributionMatching:
     """Gradient -E[ h(r) (s_p - s_q) dx/dtheta ] of D_f(p_sigma || q_sigma), averaged over noise levels.
 
-    normalise: divide by DMD's per-sample scale and, where h is not constant, by h's batch mean. Off, the loss's
-        gradient is that of sigma^2 D_f exactly.
+    normalise: divide by DMD's per-sample scale and, where h is not constant, normalise twice as f-distill does: r by its
+        mean at each noise level, which is 1 for the exact ratio, and h by its batch mean. Off, the loss's gradient is
+        that of sigma^2 D_f exactly.
     clip: bound on |log r|, which bounds the weights.
+    levels: how many groups of like noise level, of equal size, r is averaged in.
     """
 
     divergence: FDivergence
     normalise: bool = True
     clip: float = 5.0
+    levels: int = 10
 
     @property
     def needs_ratio(self) -> bool:
@@ -73,5 +76,16 @@ class DistributionMatching:
         log_r = batch.ratio(xt, batch.sigma, batch.label)  # (n,)
         if not self.normalise:
             return self.divergence.log_weight(log_r).exp()
-        h = self.divergence.log_weight(log_r.clamp(-self.clip, self.clip)).exp()
+        log_r = log_r.clamp(-self.clip, self.clip)
+        h = self.divergence.log_weight(log_r - level_mean(log_r.exp(), batch.sigma, self.levels).log()).exp()
         return h / h.mean()
+
+
+def level_mean(values: Tensor, sigma: Tensor, groups: int) -> Tensor:
+    """For each sample the mean of `values` (n,) over the samples of like noise level, (n,): groups of equal size in the
+    order of sigma, so that none is empty, whatever the levels' distribution."""
+    groups = max(1, min(groups, len(sigma) // 8))
+    group = sigma.argsort().argsort() * groups // len(sigma)
+    sums = torch.zeros(2, groups, dtype=values.dtype, device=values.device)
+    sums.index_add_(1, group, torch.stack([values, torch.ones_like(values)]))
+    return (sums[0] / sums[1])[group]

@@ -1,0 +1,57 @@
+"""A look into a running distillation: what the student makes, and what teacher and fake network think of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minidistill import training
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Student samples, noised to levels that rise from one to the next, and denoised by both networks.
+
+    Where teacher and fake agree the student gets no gradient: at the end of a good run they agree everywhere. A fake
+    network that does not reproduce the student's samples at small noise has not kept up with it.
+    """
+
+    x0: Tensor  # (n, *shape) the student's samples
+    sigma: Tensor  # (n,) noise levels, rising
+    xt: Tensor  # (n, *shape) noised
+    teacher_x0: Tensor  # (n, *shape) the teacher's denoised
+    fake_x0: Tensor  # (n, *shape) the fake network's
+    score_gap: float  # root mean square of D_teacher - D_fake over all levels, in units of the data's standard deviation
+    log_ratio: float | None  # mean of the learned log p / q at the student's samples; 0 once they can't be told apart
+
+
+@torch.no_grad()
+def diagnose(
+    generator: Any,
+    teacher: Callable[..., Tensor],
+    fake: Callable[..., Tensor],
+    *,
+    sigma_data: float,
+    ratio: Callable[..., Tensor] | None = None,
+    n: int = 128,
+    seed: int = 0,
+) -> Diagnosis:
+    """Draw n samples from the generator, noise them at levels from 0.1 to 5 times sigma_data, denoise them twice.
+
+    Neither the networks nor any global random state change.
+    """
+    device = next(generator.parameters()).device
+    rng = training.generator_on("cpu", seed)
+    z, noise = torch.randn(2, n, *generator.shape, generator=rng).to(device)
+    label = torch.arange(n, device=device) % generator.n_classes if generator.n_classes else None
+    sigma = sigma_data * torch.logspace(-1, 0.7, n, device=device)
+    x0 = generator(z, label)
+    xt = x0 + sigma.reshape(-1, *[1] * (x0.ndim - 1)) * noise
+    teacher_x0, fake_x0 = teacher(xt, sigma, label), fake(xt, sigma, label)
+    gap = float((teacher_x0 - fake_x0).square().mean().sqrt()) / sigma_data
+    log_ratio = None if ratio is None else float(ratio(xt, sigma, label).mean())
+    return Diagnosis(x0, sigma, xt, teacher_x0, fake_x0, gap, log_ratio)
