@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 
 from minidistill import (
-    _validate, bench, checkpoints, data, evaluation, features, metrics, parallel, plotting, samplers, teachers, training,
+    _validate,
+    bench,
+    checkpoints,
+    data,
+    evaluation,
+    features,
+    metrics,
+    parallel,
+    plotting,
+    samplers,
+    teachers,
+    training,
     unet,
 )
 from minidistill.distillation import OBJECTIVES, Diagnosis, distill
@@ -36,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"minidistill: {stop or 'stopped'}", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         print(f"minidistill: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     finally:
@@ -188,7 +199,7 @@ def _compare(model: Any, name: str, a: argparse.Namespace) -> evaluation.Compari
     if isinstance(model, Generator):
         recorded = str(checkpoints.load_model(a.model)[1].get("teacher", ""))
         if not a.teacher and not checkpoints.exists(recorded):
-            raise ValueError(f"--teacher: wanted the teacher's file, to measure both in one run; {recorded!r} is not there")
+            raise ValueError(f"--teacher: wanted the teacher's file, to measure both in one run (not {recorded!r})")
         teacher, students = _teacher(a.teacher or recorded)[0], {"student": model}
     else:
         teacher, students = model, {}
@@ -280,7 +291,7 @@ def _parser() -> argparse.ArgumentParser:
     example = "train --data digits --steps 3000 --out runs/teacher"
     sub = command("train", train, "Train a diffusion teacher.", example, "runs/teacher")
     sub.add_argument("--data", default="digits", help=", ".join(DATA))
-    sub.add_argument("--preset", choices=sorted(unet.PRESETS), help="a U-Net for images (default: an MLP; cifar10: tiny)")
+    sub.add_argument("--preset", choices=sorted(unet.PRESETS), help="a U-Net (default: an MLP; for cifar10 tiny)")
     _training_options(sub)
 
     sub = command("distill", distil, "Distil a teacher to one step.",
@@ -325,7 +336,7 @@ def _training_options(sub: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=256, help="of all processes together (default 256)")
     add("--accumulate", type=int, default=1, help="pieces a batch is computed in, where memory is short")
     add("--learning-rate", type=float)
-    add("--ema-halflife", type=float, default=100_000, help="of the average of the weights, in samples (default 100000)")
+    add("--ema-halflife", type=float, default=100_000, help="of the weights' average, in samples (default 100000)")
     add("--precision", choices=("float32", "bfloat16"), default="float32")
     add("--compile", nargs="?", const=True, default=False, choices=(True, "cuda_graphs"), metavar="cuda_graphs",
         help="torch.compile, if wanted with CUDA graphs")

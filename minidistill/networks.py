@@ -127,12 +127,13 @@ class Denoiser(nn.Module):
         return c_skip * x + c_out * out.to(x.dtype)
 
     def features(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
-        """The network's features for the same input: an MLP's last hidden layer (n, c), a U-Net's bottleneck (n, c, h, w)."""
+        """The network's features for the same input: an MLP's last hidden layer (n, c), a U-Net's bottleneck
+        (n, c, h, w)."""
         s = _validate.broadcast_sigma(sigma, x, positive=True)
         scale = torch.rsqrt(s.square() + self.sigma_data**2)
         c_noise = (s.log() / 4).flatten().expand(len(x))
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
-            return self.network.features(scale * x, c_noise, label).to(x.dtype)  # type: ignore[operator, union-attr]
+            return self.network.features(scale * x, c_noise, label).to(x.dtype)  # type: ignore[operator]
 
 
 class Correction(nn.Module):
@@ -194,8 +195,8 @@ class Discriminator(nn.Module):
 
 
 class FeatureDiscriminator(nn.Module):
-    """logit(x, sigma, label), (n,), from a small head on a frozen denoiser's features, as DMD2 and f-distill have it: the
-    teacher already knows what images look like at every noise level, so the head learns the ratio fast.
+    """logit(x, sigma, label), (n,), from a small head on a frozen denoiser's features, as DMD2 and f-distill have it:
+    the teacher already knows what images look like at every noise level, so the head learns the ratio fast.
 
     `feature_channels` are the network's; the denoiser's weights are not part of this module.
     """

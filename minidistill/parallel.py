@@ -55,7 +55,7 @@ def rank() -> int:
 
 
 def wrap(module: nn.Module) -> Any:
-    """The module, its gradients averaged over processes when `backward` runs. Also makes dropout differ between them."""
+    """The module, its gradients averaged over processes when `backward` runs; dropout now differs between them."""
     if world() == 1:
         return module
     torch.manual_seed(torch.initial_seed() + rank())

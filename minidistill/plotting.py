@@ -124,12 +124,14 @@ def panel(seen: Diagnosis, ax: Axes | None = None, *, columns: int = 12) -> Axes
     noised = seen.xt / (1 + seen.sigma.reshape(-1, 1, 1, 1).square()).sqrt()
     rows = torch.cat([x[pick].cpu() for x in (seen.x0, noised, seen.teacher_x0, seen.fake_x0)])
     image_grid(rows, ax, columns=columns)
-    side = rows.shape[2] + 1
+    height, width = rows.shape[2] + 1, rows.shape[3] + 1
+    names = ["student", "noised", "teacher's\ndenoised", "fake's\ndenoised"]
     ax.set_axis_on()
     ax.grid(False)
-    ax.set_yticks([(k + 0.5) * side for k in range(4)], ["student", "noised", "teacher's\ndenoised", "fake's\ndenoised"])
-    ax.set_xticks([(k + 0.5) * (rows.shape[3] + 1) for k in range(columns)], [f"{s:.2g}" for s in seen.sigma[pick].tolist()])
-    ax.set(xlabel=r"noise level $\sigma$", title=f"score gap {seen.score_gap:.3f} (root mean square, in units of the data's)")
+    ax.set_yticks([(k + 0.5) * height for k in range(4)], names)
+    ax.set_xticks([(k + 0.5) * width for k in range(columns)], [f"{s:.2g}" for s in seen.sigma[pick].tolist()])
+    title = f"score gap {seen.score_gap:.3f} (root mean square, in standard deviations of the data)"
+    ax.set(xlabel=r"noise level $\sigma$", title=title)
     ax.tick_params(length=0)
     for spine in ax.spines.values():
         spine.set_visible(False)

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"recipes: {stop or 'stopped'}", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         print(f"recipes: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -64,7 +64,7 @@ def cifar10(a: argparse.Namespace) -> None:
     speed = _fastest(a, images, labels, out) if a.speed == "try" else SPEEDS[a.speed]
     budget = a.minutes - a.reserve - (time.monotonic() - began) / 60
     if budget <= 0:
-        raise ValueError(f"--minutes {a.minutes:g}: nothing is left after loading and {a.reserve:g} minutes for measuring")
+        raise ValueError(f"--minutes {a.minutes:g}: nothing is left after loading and {a.reserve:g} for measuring")
     start = time.monotonic()
     stage = _teacher if a.stage == "teacher" else _student
     record = stage(a, images, labels, speed, budget, out)
@@ -81,7 +81,9 @@ def cifar10(a: argparse.Namespace) -> None:
     print(json.dumps(record, indent=1))
 
 
-def _teacher(a: argparse.Namespace, images: Tensor, labels: Tensor, speed: Speed, minutes: float, out: Path) -> dict[str, Any]:
+def _teacher(
+    a: argparse.Namespace, images: Tensor, labels: Tensor, speed: Speed, minutes: float, out: Path
+) -> dict[str, Any]:
     file, state = out / "teacher.safetensors", out / "state" / "teacher.safetensors"
     kept, before = _kept(file)
     torch.manual_seed(a.seed)  # the network's first weights
@@ -104,7 +106,9 @@ def _teacher(a: argparse.Namespace, images: Tensor, labels: Tensor, speed: Speed
     return _record(state, first, a.batch_size, "loss")
 
 
-def _student(a: argparse.Namespace, images: Tensor, labels: Tensor, speed: Speed, minutes: float, out: Path) -> dict[str, Any]:
+def _student(
+    a: argparse.Namespace, images: Tensor, labels: Tensor, speed: Speed, minutes: float, out: Path
+) -> dict[str, Any]:
     teacher, _ = _kept(out / "teacher.safetensors")
     if not isinstance(teacher, Denoiser):
         raise FileNotFoundError(f"{out / 'teacher.safetensors'}: no teacher there; run --stage teacher first")
@@ -126,9 +130,10 @@ def _student(a: argparse.Namespace, images: Tensor, labels: Tensor, speed: Speed
     distill(
         teacher, kept if isinstance(kept, Generator) else None, a.objective, steps=ENDLESS // a.batch_size, data=images,
         labels=labels, batch_size=a.batch_size, critic_steps=a.critic_steps, learning_rate=a.learning_rate,
-        critic_learning_rate=a.critic_learning_rate, sigma_init=a.sigma_init, sigma_max=a.sigma_max, hold=1.0, flip=True,
-        ema_halflife=a.ema_halflife, speed=speed, seed=a.seed, device=a.device, minutes=minutes, inspect=draw_panel,
-        evaluate_every=every, callbacks=[export], checkpoint=state, resume=True, checkpoint_every=every,
+        critic_learning_rate=a.critic_learning_rate, sigma_init=a.sigma_init, sigma_max=a.sigma_max, hold=1.0,
+        flip=True, ema_halflife=a.ema_halflife, speed=speed, seed=a.seed, device=a.device, minutes=minutes,
+        inspect=draw_panel, evaluate_every=every, callbacks=[export], checkpoint=state, resume=True,
+        checkpoint_every=every,
     )
     return {"objective": a.objective, "critic_steps": a.critic_steps} | _record(state, first, a.batch_size, "score_gap")
 
@@ -172,7 +177,9 @@ def _fastest(a: argparse.Namespace, images: Tensor, labels: Tensor, out: Path) -
     if file.exists():
         found = json.loads(file.read_text())
     else:
-        found = {name: throughput(a.preset, speed, a.batch_size, images, labels, a.device) for name, speed in SPEEDS.items()}
+        found = {
+            name: throughput(a.preset, speed, a.batch_size, images, labels, a.device) for name, speed in SPEEDS.items()
+        }
         with checkpoints.atomic(file) as path:
             path.write_text(json.dumps(found, indent=1) + "\n")
     print("images/s: " + ", ".join(f"{name} {rate:.0f}" for name, rate in found.items()), flush=True)

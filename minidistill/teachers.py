@@ -54,12 +54,13 @@ def train_denoiser(
         sigma_mean, sigma_std: of ln sigma, relative to data of standard deviation 0.5 as in EDM; other data
             shift the mean by ln(sigma_data / 0.5).
         ema_halflife: in samples seen.
-        warmup, hold: the learning rate rises for `warmup` steps, stays until `hold` of the run, falls to 0 (hold = 1: never).
+        warmup, hold: the learning rate rises for `warmup` steps, stays until `hold` of the run, and falls to 0
+            (hold = 1: never).
         flip: mirror each image left to right half of the time.
         accumulate: pieces that a batch is computed in, one after the other, where memory is short.
         speed: precision, memory format, compilation.
-        fit_options: `checkpoint`, `resume`, `callbacks`, `progress`, `minutes`, ... of `training.fit`; the state's modules
-            are "net" and "ema".
+        fit_options: `checkpoint`, `resume`, `callbacks`, `progress`, `minutes`, ... of `training.fit`; the state's
+            modules are "net" and "ema".
     Returns:
         the averaged (EMA) denoiser, in eval mode.
     Raises:

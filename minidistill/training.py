@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from minidistill import _validate, checkpoints, parallel
+from minidistill.networks import Denoiser
 
 
 @dataclass
@@ -148,7 +149,7 @@ def backward(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def descend(optimizer: torch.optim.Optimizer, clip: float | None = None) -> Tensor:
-    """One update with the gradients gathered by `backward`, their norm clipped. If the norm is not finite nothing changes.
+    """One update with the gradients gathered by `backward`, their norm clipped; none if that norm is not finite.
 
     Returns 1.0 if the update was skipped and 0.0 if not, on the parameters' device: nobody has to wait for it.
     """
@@ -192,12 +193,12 @@ class Speed:
         if self.compile not in modes:
             raise ValueError(f"compile={self.compile!r}: wanted False, True or 'cuda_graphs'")
         for module in denoiser.modules():
-            if hasattr(module, "autocast"):
+            if isinstance(module, Denoiser):
                 module.autocast = autocast
                 if self.channels_last:
-                    module.network.to(memory_format=torch.channels_last)  # type: ignore[operator, union-attr]
+                    module.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
                 if mode := modes[self.compile]:
-                    module.network.compile(mode=mode)  # type: ignore[operator, union-attr]
+                    module.network.compile(mode=mode)
 
 
 def schedule(step: int, steps: int, warmup: int = 0, hold: float = 0.2) -> float:

@@ -20,7 +20,7 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 class Pointwise(nn.Conv2d):
-    """A 1x1 convolution as the matrix product that it is; oneDNN's own is several times slower at 32x32."""
+    """A 1x1 convolution as the matrix product that it is: twice as fast as oneDNN's convolution at 32x32."""
 
     def __init__(self, inward: int, outward: int) -> None:
         super().__init__(inward, outward, 1)
@@ -47,7 +47,7 @@ class ResBlock(nn.Module):
         h = self.conv1(silu(self.norm1(x)))
         scale, shift = self.modulate(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.conv2(self.dropout(silu(torch.addcmul(shift, self.norm2(h), 1 + scale))))
-        return self.skip(x) + h
+        return h.add_(self.skip(x))  # in place: nothing needs h, and fresh memory costs as much as the sum
 
 
 class Attention(nn.Module):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from minidistill import checkpoints
+from minidistill import bench, checkpoints
 from minidistill.cli import main
 
 
@@ -22,9 +22,18 @@ from minidistill.cli import main
     (["evaluate", "ring", "--target", "rng"], "did you mean 'ring'"),
     (["quickstart", "--device", "gpu9"], "--device"),
     (["quickstart", "--steps", "0"], "--steps=0"),
+    (["bench", "unets"], "did you mean 'unet'"),
+    (["train", "--data", "cifar10", "--root", "nowhere"], "nowhere"),
+    (["train", "--preset", "huge"], None),
+    (["train", "--steps", "3", "--images", "9"], None),
+    (["train", "--batch-size", "10", "--accumulate", "3"], "batch_size=10: wanted a multiple of 3"),
 ])
 def test_bad_requests_exit_with_2_and_one_line(request_, names, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    if names is None:  # argparse's own refusal
+        with pytest.raises(SystemExit, match="2"):
+            main(request_)
+        return
     assert main(request_) == 2
     captured = capsys.readouterr()
     assert names in captured.err
@@ -56,10 +65,17 @@ def test_train_distil_sample_evaluate(objective, tmp_path, capsys):
     assert main(["sample", str(teacher), "--n", "4", "--levels", "3", "--out", str(tmp_path / "x.png")]) == 0
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
     capsys.readouterr()
-    assert main(["evaluate", str(student), "--n", "40", "--json"]) == 0
+    assert main(["evaluate", str(student), "--n", "40", "--levels", "4", "--json", "--out", str(tmp_path / "e.json")]) == 0
     row = json.loads(capsys.readouterr().out)
+    assert row == json.loads((tmp_path / "e.json").read_text())
     assert row["target"] == "digits"
-    assert row["frechet_32_features"] > 0
+    assert [(each["model"], each["calls"], each["n"]) for each in row["rows"]] == [("teacher", 7, 40), ("student", 1, 40)]
+    assert row["rows"][1]["frechet_ratio"] == pytest.approx(row["rows"][1]["frechet"] / row["rows"][0]["frechet"])
+    assert (tmp_path / "e.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "s" / "panel.png").read_bytes()[:4] == b"\x89PNG"
+    teacher.unlink()
+    assert main(["evaluate", str(student), "--n", "40"]) == 2
+    assert "--teacher" in capsys.readouterr().err
 
 
 def test_evaluating_the_exact_ring_finds_almost_no_divergence(capsys):
@@ -84,3 +100,21 @@ def test_quickstart_writes_its_figures_and_numbers(only, tmp_path, capsys):
         assert results["digits"]["frechet_ratio"] > 0
         assert results["ring"] == []
     assert "results.json" in capsys.readouterr().out
+
+
+def test_images_count_instead_of_steps(tmp_path):
+    out = tmp_path / "t"
+    assert main(["train", "--data", "ring", "--images", "100", "--batch-size", "30", "--log-every", "2", "--out",
+                 str(out)]) == 0
+    history = json.loads((out / "history.json").read_text())
+    assert [(record["step"], record["images"]) for record in history] == [(2, 60), (4, 120)]
+    assert checkpoints.load_model(out / "teacher.safetensors")[1]["images"] == 120
+
+
+def test_a_bench_prints_a_list_of_rows(monkeypatch, capsys):
+    row = {"name": "x", "ours": 1.0, "peer": 2.0, "peer_version": "y 1", "ratio": 0.5, "unit": "s/step"}
+    monkeypatch.setitem(bench.BENCHES, "unet", lambda short: [{**row, "name": f"short={short}"}])
+    assert main(["bench", "unet", "--short", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [{**row, "name": "short=True"}]
+    assert main(["bench", "unet"]) == 0
+    assert "0.5" in capsys.readouterr().out

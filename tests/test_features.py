@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
-from torch.nn.functional import pad
+from torch.nn.functional import avg_pool2d, pad
 from torchmetrics.image.fid import FrechetInceptionDistance, _compute_fid
 
 from minidistill import checkpoints, classifier, data, features, metrics
@@ -66,6 +66,22 @@ def test_the_stored_classifier_recognises_real_test_images(stored):
     wanted = stored.info["test_accuracy"]
     share = features.extractor("cifar10_classifier").recognised(images, labels)
     assert abs(share - wanted) < 4 * math.sqrt(wanted * (1 - wanted) / 1000)
+
+
+@pytest.mark.skipif(not os.environ.get("MINIDISTILL_CIFAR10"), reason="MINIDISTILL_CIFAR10 is not set")
+def test_the_stored_features_see_noise_blur_and_a_missing_class():
+    """Distances to 500 real images, in units of what 500 others are away."""
+    images, labels = data.cifar10(split="test", n=1000)
+    extract = features.extractor("cifar10_classifier")
+    x, real = data.to_float(images[::2]), extract(images[1::2])
+    noise = torch.randn(x.shape, generator=rng())
+    soft = avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+    same, faint, strong, blurred, nine = (
+        frechet_distance(extract(each), real) for each in (x, x + 0.1 * noise, x + 0.2 * noise, soft, x[labels[::2] > 0])
+    )
+    assert 3 * same < min(faint, blurred)
+    assert strong > 3 * faint
+    assert nine > 1.3 * same
 
 
 def test_folding_keeps_the_function():

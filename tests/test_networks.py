@@ -182,7 +182,7 @@ def test_bad_arguments_are_named(call, message):
 
 @pytest.mark.parametrize("kind", ["mlp", "unet"])
 def test_a_feature_discriminator_reads_a_frozen_denoiser(kind):
-    """Its weights are the head's alone; gradients reach the input through the denoiser, and the head, and nothing else."""
+    """Its weights are the head's alone; gradients reach the input, through the denoiser, and the head, nothing else."""
     shape = (1, 8, 8)
     torch.manual_seed(0)
     network = MLP(shape, hidden=16, n_classes=3) if kind == "mlp" else UNet(shape, 8, (1, 2), 1, n_classes=3)

@@ -27,7 +27,8 @@ TRAIN = ["train", "--batch-size", "32", "--steps", "20", "--log-every", "1", "--
 def launch(*arguments, timeout=240):
     """Run torchrun; subprocess.run raises if the job outlives the timeout."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*TORCHRUN, *arguments], cwd=ROOT, env=environment, timeout=timeout, capture_output=True, text=True)
+    command = [*TORCHRUN, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, timeout=timeout, capture_output=True, text=True)
 
 
 def losses(out, *names):
@@ -168,7 +169,7 @@ def test_bfloat16_trains_as_float32_does_and_keeps_its_weights_in_float32():
             for name in ("float32", "bfloat16")]
     assert all(p.dtype == torch.float32 for p in both[1].parameters())
     x, sigma = 2 * torch.randn(200, 2, generator=torch.Generator().manual_seed(1)), torch.tensor(1.0)
-    exact, full, half = ring()(x, sigma), *(model(x, sigma) for model in both)
+    exact, full, half = [model(x, sigma) for model in (ring(), *both)]
     assert not torch.equal(full, half)
     # bfloat16 has 8 bits: its rounding of the network's output is far smaller than what 200 steps leave to learn.
     assert (full - half).square().mean() < 0.2 * (full - exact).square().mean()
@@ -194,10 +195,11 @@ def test_the_networks_compute_in_the_precision_asked_for():
 def test_minutes_end_a_run_early_with_a_checkpoint_that_goes_on(tmp_path):
     file = tmp_path / "state.safetensors"
     state = training.State({}, {}, torch.Generator())
-    training.fit(state, bad_update(lambda step: False), 10**9, minutes=1e-3, progress=False, checkpoint=file, batch_size=4)
+    options = {"progress": False, "checkpoint": file, "batch_size": 4}
+    training.fit(state, bad_update(lambda step: False), 10**9, minutes=1e-3, **options)
     assert 0 < state.step < 10**9
     assert state.history[-1]["images"] == 4 * state.step
     assert training.progress_of(file)["step"] == state.step
     again = training.State({}, {}, torch.Generator())
-    training.fit(again, bad_update(lambda step: False), 10**9, minutes=1e-4, progress=False, checkpoint=file, resume=True)
+    training.fit(again, bad_update(lambda step: False), 10**9, minutes=1e-4, resume=True, **options)
     assert again.step > state.step

@@ -13,8 +13,8 @@ SMALL = ["--preset", "tiny", "--data", "digits", "--batch-size", "4", "--n", "8"
 
 
 def run(stage, out, *more):
-    arguments = ["cifar10", "--stage", stage, "--minutes", "0.12", "--reserve", "0.06", "--out", str(out), *SMALL, *more]
-    assert recipes.main(arguments) == 0
+    minutes = ["--minutes", "0.12", "--reserve", "0.06"]
+    assert recipes.main(["cifar10", "--stage", stage, *minutes, "--out", str(out), *SMALL, *more]) == 0
     return json.loads((out / "results.json").read_text())[-1]
 
 

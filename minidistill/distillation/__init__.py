@@ -141,5 +141,6 @@ def distill(
         run, rule, steps=steps, batch_size=batch_size, critic_steps=critic_steps, learning_rate=learning_rate,
         critic_learning_rate=critic_learning_rate, sigma_min=sigma_min, sigma_max=sigma_max, hold=hold, clip=clip,
         ema_halflife=ema_halflife, accumulate=accumulate, speed=speed or Speed(), rng=rng, config=config,
-        evaluate=evaluate, inspect=inspect, callback_every=evaluate_every, **({"description": description} | fit_options),
+        evaluate=evaluate, inspect=inspect, callback_every=evaluate_every,
+        **({"description": description} | fit_options),
     )

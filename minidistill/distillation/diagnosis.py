@@ -25,7 +25,7 @@ class Diagnosis:
     xt: Tensor  # (n, *shape) noised
     teacher_x0: Tensor  # (n, *shape) the teacher's denoised
     fake_x0: Tensor  # (n, *shape) the fake network's
-    score_gap: float  # root mean square of D_teacher - D_fake over all levels, in units of the data's standard deviation
+    score_gap: float  # root mean square of D_teacher - D_fake over all levels, in standard deviations of the data
     log_ratio: float | None  # mean of the learned log p / q at the student's samples; 0 once they can't be told apart
 
 

@@ -98,7 +98,8 @@ def train(
         sigma = log_uniform_sigma(batch_size, sigma_min, sigma_max, rng, device)
         return sigma, torch.randn(batch_size, *generator.shape, generator=rng, device=device)
 
-    def noised(x0: Tensor, label: Tensor | None, level: tuple[Tensor, Tensor], i: slice, fake: Any, ratio: Any) -> Batch:
+    def noised(x0: Tensor, label: Tensor | None, level: tuple[Tensor, Tensor], i: slice, *critics: Any) -> Batch:
+        fake, ratio = critics
         return Batch(x0, level[0][i], level[1][i], run.teacher, fake, label, ratio, sigma_data=run.sigma_data)
 
     def critic_step(x0: list[Tensor], label: list[Tensor | None]) -> tuple[Tensor, Tensor]:

@@ -39,9 +39,9 @@ def ratio_loss(batch: Batch) -> Tensor:
 class DistributionMatching:
     """Gradient -E[ h(r) (s_p - s_q) dx/dtheta ] of D_f(p_sigma || q_sigma), averaged over noise levels.
 
-    normalise: divide by DMD's per-sample scale and, where h is not constant, normalise twice as f-distill does: r by its
-        mean at each noise level, which is 1 for the exact ratio, and h by its batch mean. Off, the loss's gradient is
-        that of sigma^2 D_f exactly.
+    normalise: divide by DMD's per-sample scale and, where h is not constant, normalise twice as f-distill does: r by
+        its mean at each noise level, which is 1 for the exact ratio, and h by its batch mean. Off, the loss's gradient
+        is that of sigma^2 D_f exactly.
     clip: bound on |log r|, which bounds the weights.
     levels: how many groups of like noise level, of equal size, r is averaged in.
     """
