@@ -403,14 +403,14 @@ class Handler(BaseHTTPRequestHandler):
         start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and server.ranges else 0
         status = step if step in (404, 503) else 416 if start >= len(server.payload) else 206 if start else 200
         body = server.payload[start:] if status < 400 else b""
+        sent = body[:step] if step and status < 400 else body
+        server.log.append((asked, status, len(sent)))  # before the client can see that it has everything
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         if status == 206:
             self.send_header("Content-Range", f"bytes {start}-{len(server.payload) - 1}/{len(server.payload)}")
         self.end_headers()
-        sent = body[:step] if step and status < 400 else body
         self.wfile.write(sent)
-        server.log.append((asked, status, len(sent)))
 
     def log_message(self, *args):
         pass

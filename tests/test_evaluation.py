@@ -15,7 +15,7 @@ from minidistill.features import Extractor
 from minidistill.networks import Generator
 from tests.helpers import small_denoiser
 
-N, K = 120, 3
+N, K = 120, 2
 
 
 def labelled_digits():
@@ -66,7 +66,8 @@ def comparison(judge):
     images, _ = labelled_digits()
     teacher = Ideal()
     students = {"good": Replay(200), "noise": Replay(200, noise=3.0), "wrong class": Replay(200, shift=1)}
-    out = compare(teacher, students, images, n=N, seed=1, features=judge, batch_size=50, progress=False)
+    out = compare(teacher, students, images, n=N, k=K, seed=1, features=judge, batch_size=50,
+                  progress=False)
     return out, teacher
 
 

@@ -76,9 +76,8 @@ def test_the_stored_features_see_noise_blur_and_a_missing_class():
     x, real = data.to_float(images[::2]), extract(images[1::2])
     noise = torch.randn(x.shape, generator=rng())
     soft = avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-    same, faint, strong, blurred, nine = (
-        frechet_distance(extract(each), real) for each in (x, x + 0.1 * noise, x + 0.2 * noise, soft, x[labels[::2] > 0])
-    )
+    sets = (x, x + 0.1 * noise, x + 0.2 * noise, soft, x[labels[::2] > 0])
+    same, faint, strong, blurred, nine = (frechet_distance(extract(each), real) for each in sets)
     assert 3 * same < min(faint, blurred)
     assert strong > 3 * faint
     assert nine > 1.3 * same
@@ -178,7 +177,8 @@ def test_precision_recall_is_the_definition(n, m, k, chunk, monkeypatch):
     got = precision_recall(x, y, k)
     assert got == pytest.approx(brute_force(x, y, k), abs=1e-12)
     assert precision_recall(y, x, k) == pytest.approx((got.recall, got.precision), abs=1e-12)
-    assert precision_recall(1e3 * x + 1e6, 1e3 * y + 1e6, k) == pytest.approx(got, abs=1e-12)
+    assert precision_recall(x + 1e6, y + 1e6, k) == pytest.approx(got, abs=1e-12)
+    assert precision_recall(1e-6 * x, 1e-6 * y, k) == pytest.approx(got, abs=1e-12)
 
 
 def test_precision_recall_of_known_cases():
