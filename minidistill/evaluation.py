@@ -34,9 +34,9 @@ class Comparison:
 def sample_teacher(
     teacher: Model, n: int, *, levels: int = 18, seed: int = 0, batch_size: int = 500,
     device: torch.device | str | None = None, label: Tensor | None = None, sigma_max: float = 80.0,
-    progress: bool = True,
+    solver: str = "heun", progress: bool = True,
 ) -> Samples:
-    """n samples of a denoiser by Heun's method from sigma_max on `levels` noise levels (Karras 2022, algorithm 1).
+    """n samples of a denoiser from sigma_max on `levels` noise levels, by Heun's method (Karras 2022, algorithm 1).
 
     Args:
         teacher: D(x, sigma, label) with a `shape`, and `n_classes` if it has classes.
@@ -45,19 +45,23 @@ def sample_teacher(
         batch_size: samples a batch.
         device: where the model is, for it is not moved; default: where its parameters are, or the CPU without any.
         label: (n,) classes; default: 0, 1, 2, ... in turn if the teacher has classes.
+        solver: another of `samplers.SOLVERS`; all but Heun's make `levels` calls, and noise of their own is the seed's.
         progress: a tqdm bar over network calls.
     Returns:
         images (n, *shape) and labels (n,) or None, both on the CPU.
     Raises:
-        ValueError: bad counts, a label that does not fit the teacher.
+        ValueError: bad counts, an unknown solver, a label that does not fit the teacher.
     """
     _validate.whole("levels", levels)
+    _validate.choose("solver", solver, samplers.SOLVERS)
     sigmas = samplers.karras_sigmas(levels, sigma_max=sigma_max)
 
     def solve(z: Tensor, label: Tensor | None, call: Callable[..., Tensor]) -> Tensor:
-        return samplers.heun(call, sigmas[0] * z, sigmas, label=label)
+        rng = training.generator_on(z.device, seed)
+        return samplers.sample(call, sigmas[0] * z, sigmas, solver, label=label, generator=rng)
 
-    return _sample(teacher, solve, n, 2 * levels - 1, "teacher", seed, batch_size, device, label, progress)
+    calls = 2 * levels - 1 if solver == "heun" else levels
+    return _sample(teacher, solve, n, calls, "teacher", seed, batch_size, device, label, progress)
 
 
 def sample_student(

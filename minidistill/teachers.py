@@ -93,7 +93,7 @@ def train_denoiser(
     sigma_data = _standard_deviation(data)
     denoiser = Denoiser(network.to(device).train(), sigma_data)
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
-    (speed or Speed()).apply(denoiser)
+    (speed or Speed()).apply(denoiser, ema)
     averages: list[Tensor] = list(ema.parameters())
     weights: list[Tensor] = list(denoiser.parameters())
     optimizer = torch.optim.Adam(denoiser.parameters(), learning_rate, betas=(0.9, 0.99), fused=True)

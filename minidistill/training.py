@@ -185,18 +185,20 @@ class Speed:
     channels_last: bool = False
     compile: bool | str = False
 
-    def apply(self, denoiser: nn.Module) -> None:
-        """Change a `Denoiser` (or `Generator`) in place. Raises ValueError for an unknown setting."""
+    def apply(self, denoiser: nn.Module, average: nn.Module | None = None) -> None:
+        """Change a `Denoiser` (or `Generator`) in place; its average gets the same memory order, so that the two are
+        averaged in one kernel, and nothing else. Raises ValueError for an unknown setting."""
         dtypes = {"float32": None, "bfloat16": torch.bfloat16}
         modes: dict[Any, str | None] = {False: None, True: "default", "cuda_graphs": "reduce-overhead"}
         autocast = _validate.choose("precision", self.precision, dtypes)
         if self.compile not in modes:
             raise ValueError(f"compile={self.compile!r}: wanted False, True or 'cuda_graphs'")
+        for each in (denoiser, average):
+            if each is not None and self.channels_last:
+                each.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         for module in denoiser.modules():
             if isinstance(module, Denoiser):
                 module.autocast = autocast
-                if self.channels_last:
-                    module.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
                 if mode := modes[self.compile]:
                     module.network.compile(mode=mode)
 

@@ -84,7 +84,8 @@ def train(
     ema = copy.deepcopy(generator).eval().requires_grad_(False)
     averages: list[Tensor] = list(ema.parameters())
     weights: list[Tensor] = list(generator.parameters())
-    for module in (generator, run.fake, run.teacher):
+    speed.apply(generator, ema)
+    for module in (run.fake, run.teacher):
         if isinstance(module, nn.Module):
             speed.apply(module)
     # beta1 = 0: both play a game whose gradients turn, and momentum overshoots (as SiD's and StyleGAN's Adam).
