@@ -187,6 +187,9 @@ NAN = torch.full((10, 2), float("nan"))
     ({"critic_learning_rate": -1.0}, ValueError, "critic_learning_rate=-1.0"),
     ({"ema_halflife": 0.0}, ValueError, "ema_halflife=0.0"),
     ({"seed": 1.5}, ValueError, "seed=1.5"),
+    ({"callback_every": 5}, TypeError, "callback_every: .* `evaluate_every`"),
+    ({"accumulate": 3}, ValueError, "batch_size=8: wanted a multiple of 3"),
+    ({"clip": 0.0}, ValueError, "clip=0.0"),
 ])
 def test_bad_arguments_are_named_before_a_file_is_written(tmp_path, change, error, message):
     arguments = {"teacher": small_ring(), **QUICK, "checkpoint": tmp_path / "run.safetensors", **change}

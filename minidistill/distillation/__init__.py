@@ -88,7 +88,8 @@ def distill(
         evaluate: called on the averaged generator every `evaluate_every` steps; its numbers join the history.
         inspect: called as often with a `Diagnosis` (samples, and both denoisers' views of them); its score gap joins
             the history. `plotting.panel` draws it.
-        fit_options: `checkpoint`, `resume`, `progress`, `minutes`, ... of `training.fit`.
+        fit_options: `checkpoint`, `resume`, `progress`, `minutes`, `callbacks`, ... of `training.fit`; callbacks are
+            called every `evaluate_every` steps too.
     Returns:
         `Distilled`: .generator, .ema, .sample(n), .history.
     Raises:
@@ -100,6 +101,8 @@ def distill(
         if not callable(getattr(rule, method, None)):
             given = type(rule).__name__
             raise TypeError(f"objective is {given}; wanted a name or an object with .{method}(batch)")
+    if "callback_every" in fit_options:
+        raise TypeError("callback_every: distill calls back every `evaluate_every` steps; wanted that name")
     if not callable(teacher):
         raise TypeError(f"teacher is {type(teacher).__name__}; wanted a denoiser D(x, sigma, label)")
     shape = shape_of(teacher, generator, data, shape)

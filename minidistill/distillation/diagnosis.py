@@ -37,7 +37,7 @@ def diagnose(
     *,
     sigma_data: float,
     ratio: Callable[..., Tensor] | None = None,
-    n: int = 128,
+    n: int = 48,
     seed: int = 0,
 ) -> Diagnosis:
     """Draw n samples from the generator, noise them at levels from 0.1 to 5 times sigma_data, denoise them twice.
