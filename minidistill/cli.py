@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +39,25 @@ DATA = (*MIXTURES, *SHAPES, *IMAGES)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 2 for a bad request, 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
-    try:
+
+    def command() -> None:
         arguments.device = _device(arguments.device)
         _validate.whole("--seed", arguments.seed, least=0)
         arguments.device = str(parallel.start(arguments.device))
         arguments.command(arguments)
+
+    return run("minidistill", command)
+
+
+def run(program: str, command: Callable[[], None]) -> int:
+    """The exit code of a command, its error told in one line that begins with the program's name."""
+    try:
+        command()
     except KeyboardInterrupt as stop:
-        print(f"minidistill: {stop or 'stopped'}", file=sys.stderr)
+        print(f"{program}: {stop or 'stopped'}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
-        print(f"minidistill: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     finally:
         parallel.stop()
@@ -56,11 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def quickstart(a: argparse.Namespace) -> None:
-    from minidistill.quickstart import quickstart as run  # it alone needs worker processes
+    from minidistill.quickstart import quickstart as start  # it alone needs worker processes
 
     if a.steps is not None:
         _validate.whole("--steps", a.steps)
-    run(a.out, only=a.only, steps=a.steps, seed=a.seed, device=a.device)
+    start(a.out, only=a.only, steps=a.steps, seed=a.seed, device=a.device)
 
 
 def train(a: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minidistill import checkpoints, data, evaluation, features, plotting, teachers, training, unet
+from minidistill import checkpoints, cli, data, evaluation, features, plotting, teachers, training, unet
 from minidistill.distillation import OBJECTIVES, Diagnosis, distill
 from minidistill.networks import Denoiser, Generator
 from minidistill.score_matching import denoising_loss, edm_weight, log_normal_sigma
@@ -45,15 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         a.learning_rate = 1e-3 if a.stage == "teacher" else 1e-4
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    try:
-        cifar10(a)
-    except KeyboardInterrupt as stop:
-        print(f"recipes: {stop or 'stopped'}", file=sys.stderr)
-        return 130
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
-        print(f"recipes: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return cli.run("recipes", lambda: cifar10(a))
 
 
 def cifar10(a: argparse.Namespace) -> None:
