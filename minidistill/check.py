@@ -60,6 +60,66 @@ def langevin_share(f: Callable[..., Any]) -> bool:
     ])
 
 
+def stein_trace(f: Callable[..., Any]) -> bool:
+    """02, exercise 1: f(field, x, noise, radius) is Stein's estimate (n,) of the field's divergence at x, (n, d)."""
+    x, noise, matrix = _points(6), _points(6, seed=1) / 2, torch.tensor([[0.9, 0.2], [-0.5, 0.4]])
+    cases: list[Case] = []
+    for title, shift in (("linear field", 0), ("shifted linear field", 3)):
+        field = lambda u, shift=shift: u @ matrix.T + shift  # noqa: E731
+        cases.append((title, (field, x, noise, 0.1), torch.einsum("ni,ij,nj->n", noise, matrix, noise)))
+    rise = (noise * ((x + 0.2 * noise).sin() - x.sin())).sum(1)
+    return _report(1, f, [*cases, ("sine, radius = 0.2", (torch.sin, x, noise, 0.2), rise / 0.2)])
+
+
+def best_share(f: Callable[..., Any]) -> bool:
+    """02, exercise 2: f(target, denoising, covariance) is the share of the first in the mix of least variance."""
+    return _report(2, f, [
+        (f"variances {a:g} and {b:g}, covariance {c:g}", (a, b, c), (b - c) / (a + b - 2 * c))
+        for a, b, c in ((2.0, 2.0, 0.0), (1.0, 3.0, 0.0), (24.0, 99.0, -1.0), (5.0, 0.5, -0.25))
+    ])
+
+
+def class_gradient(f: Callable[..., Any]) -> bool:
+    """03, exercise 1: f(W, probabilities, label) is the gradient (n, d) of log softmax(W x + b)[label] in x."""
+    W, x, label = torch.tensor([[1.0, 0.5], [-0.4, 2.0], [0.3, -1.0]]), _points(6), torch.tensor([0, 1, 2, 2, 1, 0])
+    cases: list[Case] = []
+    for title, logits in (("equal probabilities", torch.zeros(6, 3)), ("sure of the label", 40 * torch.eye(3)[label]),
+                          ("in between", x @ W.T)):
+        c = logits.softmax(1)
+        cases.append((title, (W, c, label), W[label] - c @ W))
+    return _report(1, f, cases)
+
+
+def gauge_defect(f: Callable[..., Any]) -> bool:
+    """03, exercise 2: f(jacobian, r, score) is div r + r . score, (n,), of a field r (n, d) with Jacobian (n, d, d)."""
+    x, turn = _points(6), torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+    cases: list[Case] = []
+    for title, A, score in (
+        ("a rotation of N(0, I)", turn, -x), ("the score of N(0, I) itself", -torch.eye(2), -x),
+        ("a shear", torch.tensor([[0.5, 2.0], [0.3, -0.2]]), _points(6, seed=1)),
+    ):
+        r = x @ A.T
+        cases.append((title, (A.expand(6, 2, 2), r, score), A.trace() + (r * score).sum(1)))
+    return _report(2, f, cases)
+
+
+def velocity(f: Callable[..., Any]) -> bool:
+    """04, exercise 1: f(x, x0, alpha, sigma, d_alpha, d_sigma) is E[dx_t / dt | x] for x0 = E[x0 | x], both (n, d)."""
+    x0, e = _points(6), _points(6, seed=1)
+    return _report(1, f, [
+        (title, (alpha * x0 + sigma * e, x0, alpha, sigma, d_alpha, d_sigma), d_alpha * x0 + d_sigma * e)
+        for title, alpha, sigma, d_alpha, d_sigma in (
+            ("EDM", 1.0, 3.0, 0.0, 1.0), ("flow at t = 0.4", 0.6, 0.4, -1.0, 1.0),
+            ("a quarter circle", 0.6, 0.8, -0.8, 0.6),
+        )
+    ])
+
+
+def uniform_time_density(f: Callable[..., Any]) -> bool:
+    """04, exercise 2: f(level) is the density of ln level at level = t / (1 - t) for t uniform on [0, 1]."""
+    return _report(2, f, [(f"level = {s:g}", (s,), s / (1 + s) ** 2) for s in (1.0, 0.1, 0.5, 4.0)])
+
+
 def normalised_ratio(f: Callable[..., Any]) -> bool:
     """15, exercise 1: f(ratio, level) is each ratio over the mean of those at its level; both (n,)."""
     ratio = torch.tensor([0.5, 4.0, 1.0, 0.1, 2.0, 6.0])

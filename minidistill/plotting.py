@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -79,20 +80,28 @@ def field(
 
 def curves(
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]], ax: Axes | None = None, *, xlabel: str = "step",
-    ylabel: str = "KL(p || q), nats", log: bool = True, goal: float | None = None,
+    ylabel: str = "KL(p || q), nats", log: bool = True, xlog: bool = False, goal: float | None = None,
+    styles: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Axes:
-    """Named lines (x values, y values), each with its own colour and dash pattern, logarithmic in y."""
+    """Named lines (x values, y values), each with its own colour and dash pattern, logarithmic in y (and in x: `xlog`).
+
+    `styles` holds matplotlib's line properties by name, where a name must look the same in several figures.
+    """
     ax = _axes(ax, (5.5, 4))
     for index, (name, (x, y)) in enumerate(series.items()):
-        ax.plot(x, y, label=name, color=PALETTE[index % len(PALETTE)], linewidth=2,
-                linestyle=("-", "--", "-.", ":")[index % 4])
+        look = {"color": PALETTE[index % len(PALETTE)], "linestyle": ("-", "--", "-.", ":")[index % 4], "linewidth": 2}
+        ax.plot(x, y, label=name, **look | dict((styles or {}).get(name, {})))
     if goal is not None:
         ax.axhline(goal, color="black", linewidth=1, linestyle=":", label=f"{goal:g}")
     if log:
         ax.set_yscale("log")
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-        ax.yaxis.set_minor_formatter("{x:g}")
+        low, high = ax.get_ylim()
+        if high < 300 * low:  # few decades: more labels, in plain numbers
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            ax.yaxis.set_minor_formatter("{x:g}")
+    if xlog:
+        ax.set_xscale("log")
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend()
     return ax

@@ -28,6 +28,23 @@ WRONG: dict[str, list[Callable[..., Any]]] = {
     "mixture_score": [_forgot_normaliser, lambda *a: -solutions.mixture_score(*a)],
     "tweedie": [lambda f, x, s: x + s * f(x), lambda f, x, s: s**2 * f(x)],
     "langevin_share": [lambda start, weight: weight, lambda start, weight: (start + weight) / 2],
+    "stein_trace": [
+        lambda f, x, e, r: (e * f(x + r * e)).sum(1) / r, lambda f, x, e, r: (e * (f(x + r * e) - f(x))).sum(1) / r**2,
+        lambda f, x, e, r: (e * (f(x + r * e) - f(x))).mean(1) / r,
+    ],
+    "best_share": [lambda t, d, c: d / (t + d), lambda t, d, c: (t - c) / (t + d - 2 * c)],
+    "class_gradient": [
+        lambda W, c, y: W[y], lambda W, c, y: c @ W - W[y], lambda W, c, y: (1 - c.gather(1, y[:, None])) * W[y],
+    ],
+    "gauge_defect": [
+        lambda J, r, s: J.diagonal(dim1=1, dim2=2).sum(1), lambda J, r, s: (r * s).sum(1),
+        lambda J, r, s: (J - J.mT).square().sum((1, 2)),
+    ],
+    "velocity": [
+        lambda x, x0, a, s, da, ds: da * x0 + ds * x, lambda x, x0, a, s, da, ds: da * x0 + ds * (x - x0) / s,
+        lambda x, x0, a, s, da, ds: -solutions.velocity(x, x0, a, s, da, ds),
+    ],
+    "uniform_time_density": [lambda s: 1 / (1 + s) ** 2, lambda s: s / (1 + s)],
     "normalised_ratio": [lambda r, k: r / r.mean(), lambda r, k: solutions.normalised_ratio(r, k).log()],
     "sim_gradient": [
         lambda y, r, p, q: 2 * y, lambda y, r, p, q: 2 * y - 2 * y @ q,

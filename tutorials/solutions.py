@@ -33,6 +33,39 @@ def langevin_share(start, weight):
     return start
 
 
+# 02_score_matching
+def stein_trace(field, x, noise, radius):
+    """E[e'(s(x + re) - s(x)) / r] is the mean of tr grad s around x."""
+    return (noise * (field(x + radius * noise) - field(x))).sum(1) / radius
+
+
+def best_share(target, denoising, covariance):
+    """Where the derivative of k^2 T + (1 - k)^2 D + 2 k (1 - k) C vanishes."""
+    return (denoising - covariance) / (target + denoising - 2 * covariance)
+
+
+# 03_conditional_and_curl_free
+def class_gradient(W, probabilities, label):
+    """The label's row less the mean row: the gradient of the normaliser."""
+    return W[label] - probabilities @ W
+
+
+def gauge_defect(jacobian, r, score):
+    """div(p r) / p = div r + r . grad log p."""
+    return jacobian.diagonal(dim1=1, dim2=2).sum(1) + (r * score).sum(1)
+
+
+# 04_processes
+def velocity(x, x0, alpha, sigma, d_alpha, d_sigma):
+    """d_alpha x0 + d_sigma e, with the noise e that x and x0 imply."""
+    return d_alpha * x0 + d_sigma * (x - alpha * x0) / sigma
+
+
+def uniform_time_density(level):
+    """ln level = logit t, so the density is dt / d logit t = t (1 - t) at t = level / (1 + level): the logistic law."""
+    return level / (1 + level) ** 2
+
+
 # 15_digits
 def normalised_ratio(ratio, level):
     """E_q[p / q] = 1 at every noise level, so that each level has its own mean."""
