@@ -159,7 +159,7 @@ def descend(optimizer: torch.optim.Optimizer, clip: float | None = None) -> Tens
     bad = (~norm.isfinite()).float()
     if clip is not None:
         nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-    if optimizer.defaults.get("fused"):
+    if optimizer.defaults.get("fused") and bad.device.type != "cpu":
         optimizer.found_inf = bad  # type: ignore[attr-defined]  # the fused kernel reads it, as for GradScaler
         optimizer.step()
     elif not bad:

@@ -107,7 +107,7 @@ def train(
         level, loss = noise(), torch.zeros((), device=device)
         real, real_label = (None, None) if run.real is None else run.real(batch_size)
         for k, i in enumerate(mine):
-            batch = noised(x0[k], label[k], level, i, fake, ratio)
+            batch = noised(x0[k].detach(), label[k], level, i, fake, ratio)
             batch.real = None if real is None else real[i]
             batch.real_label = None if real_label is None else real_label[i]
             with parallel.last_only(fake, i is mine[-1]), parallel.last_only(ratio, i is mine[-1]):
@@ -116,12 +116,13 @@ def train(
             loss += piece.detach()
         return loss, training.descend(critic_optimizer, clip)
 
-    def generator_step(z: Tensor, label: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+    def generator_step(z: Tensor, x0: list[Tensor], label: list[Tensor | None]) -> tuple[Tensor, Tensor]:
         level, loss = noise(), torch.zeros((), device=device)
         for k, i in enumerate(mine):
             with parallel.last_only(student, i is mine[-1]):
+                made = x0[k] if x0[k].requires_grad else student(z[i], label[k])
                 # The bare fake and ratio here: gradients pass through them, and their own are not wanted.
-                batch = noised(student(z[i], label[k]), label[k], level, i, run.fake, run.ratio)
+                batch = noised(made, label[k], level, i, run.fake, run.ratio)
                 piece = objective.generator_loss(batch).mean() / accumulate
                 training.backward(piece, generator_optimizer)
             loss += piece.detach()
@@ -136,11 +137,11 @@ def train(
         if run.class_weights is not None:
             classes = torch.multinomial(run.class_weights, batch_size, replacement=True, generator=rng)
             label = [classes[i] for i in mine]
-        with torch.no_grad():
-            x0 = [generator(z[i], label[k]) for k, i in enumerate(mine)]
+        with torch.set_grad_enabled(accumulate == 1):  # one piece keeps its graph; of several that would be too much
+            x0 = [student(z[i], label[k]) for k, i in enumerate(mine)]
         for _ in range(critic_steps):  # the same samples at fresh noise levels: cheaper than fresh samples
             critic_loss, critic_skipped = critic_step(x0, label)
-        generator_loss, skipped = generator_step(z, label)
+        generator_loss, skipped = generator_step(z, x0, label)
         training.update_ema(averages, weights, ema_halflife, batch_size, state.step)
         return {"critic": critic_loss, "generator": generator_loss, "skipped": torch.maximum(skipped, critic_skipped)}
 
