@@ -1,0 +1,28 @@
+"""Self-checks for the tutorials' exercises: one line of text each, and never an exception.
+
+`check.tweedie(f)` prints "exercise 2: not attempted yet" while `f` returns `...` or None, "exercise 2: correct",
+or the first mismatch, and returns whether `f` is correct. The answers are in `tutorials/solutions.py`.
+"""
+
+from minidistill.check._core import claims
+from minidistill.check.scores import (
+    best_share,
+    class_gradient,
+    gauge_defect,
+    langevin_share,
+    mixture_score,
+    one_call,
+    score_gap,
+    stein_trace,
+    tweedie,
+    uniform_time_density,
+    velocity,
+)
+from minidistill.check.students import c_out, ema_decay, mirror, noise_through, normalised_ratio, sid_loss, sim_gradient
+
+__all__ = [
+    "claims",
+    "one_call", "score_gap", "mixture_score", "tweedie", "langevin_share", "stein_trace", "best_share",  # 00 to 02
+    "class_gradient", "gauge_defect", "velocity", "uniform_time_density",  # 03, 04
+    "normalised_ratio", "sim_gradient", "c_out", "ema_decay", "mirror", "noise_through", "sid_loss",  # 15 to 17
+]
