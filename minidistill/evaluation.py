@@ -40,12 +40,12 @@ def sample_teacher(
 
     Args:
         teacher: D(x, sigma, label) with a `shape`, and `n_classes` if it has classes.
-        levels: noise levels; 2 * levels - 1 calls of the network.
+        levels: noise levels; 2 * levels - 1 calls of the network with Heun.
         seed: of the noise, drawn on the CPU: neither the device nor the batch size matters (but for rounding).
         batch_size: samples a batch.
         device: where the model is, for it is not moved; default: where its parameters are, or the CPU without any.
         label: (n,) classes; default: 0, 1, 2, ... in turn if the teacher has classes.
-        solver: another of `samplers.SOLVERS`; all but Heun's make `levels` calls, and noise of their own is the seed's.
+        solver: another of `samplers.SOLVERS`, with calls of its own; the noise of a stochastic one is the seed's.
         progress: a tqdm bar over network calls.
     Returns:
         images (n, *shape) and labels (n,) or None, both on the CPU.
@@ -60,7 +60,7 @@ def sample_teacher(
         rng = training.generator_on(z.device, seed)
         return samplers.sample(call, sigmas[0] * z, sigmas, solver, label=label, generator=rng)
 
-    calls = 2 * levels - 1 if solver == "heun" else levels
+    calls = 2 * levels - 1 if solver == "heun" else None  # None: a bar that counts without an end
     return _sample(teacher, solve, n, calls, "teacher", seed, batch_size, device, label, progress)
 
 
@@ -78,7 +78,7 @@ def sample_student(
 
 @torch.no_grad()
 def _sample(
-    model: Model, solve: Callable[..., Tensor], n: int, calls: int, name: str, seed: int,
+    model: Model, solve: Callable[..., Tensor], n: int, calls: int | None, name: str, seed: int,
     batch_size: int, device: torch.device | str | None, label: Tensor | None, progress: bool,
 ) -> Samples:
     _validate.whole("n", n)
@@ -88,7 +88,7 @@ def _sample(
     z = torch.randn(n, *_shape(model), generator=training.generator_on("cpu", seed))
     parts: list[Tensor] = []
     starts = range(0, n, batch_size)
-    with tqdm(total=calls * len(starts), disable=not progress, desc=f"sampling: {name}", unit="call",
+    with tqdm(total=calls and calls * len(starts), disable=not progress, desc=f"sampling: {name}", unit="call",
               **training.bar_options) as bar:
 
         def call(*arguments: Any) -> Tensor:
