@@ -2,12 +2,14 @@
 
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from minidistill import bench
 from minidistill.bench import timing
+from minidistill.bench.transport import peak_memory
 from minidistill.bench.unet import Peer, training_step
 from minidistill.unet import preset
 
@@ -45,6 +47,24 @@ def test_both_learn_the_same_images():
         assert losses[-1] < losses[0]
 
 
+def test_rows_of_transport():
+    pytest.importorskip("ot")
+    rows = bench.run("transport", short=True, n=100, d=8, progress=False)
+    assert len(rows) == 3
+    for row in rows:
+        assert row.keys() == timing.Row.__annotations__.keys()
+        assert all(math.isfinite(row[key]) and row[key] > 0 for key in ("ours", "peer", "ratio"))
+        assert row["peer_version"].startswith("POT ")
+        assert "n = 100, d = 8" in row["name"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's accounts of memory")
+def test_peak_memory_counts_a_large_problem():
+    """4,000 samples keep their matrix of 61 MiB in float32, and little else."""
+    pytest.importorskip("ot")
+    assert 55 < peak_memory(4000, 2, iterations=1) < 4 * 61
+
+
 def test_alternate_takes_turns_and_leaves_the_warmup_out():
     calls = []
     ours, peer = timing.alternate(lambda: calls.append("o"), lambda: calls.append("p"), 3, 2, progress=False)
@@ -69,3 +89,6 @@ def test_unknown_names_and_a_missing_peer(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ImportError, match=r"pip install 'minidistill\[diffusers\]'"):
         bench.run("unet", short=True)
+    monkeypatch.setitem(sys.modules, "ot", None)
+    with pytest.raises(ImportError, match="pip install POT"):
+        bench.run("transport", short=True)

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from minidistill import _validate
-from minidistill.bench import unet
+from minidistill.bench import transport, unet
 from minidistill.bench.timing import Row
 
 #: Each takes `short` (True for a few repetitions of a smaller case) and perhaps more, and returns rows.
-BENCHES: dict[str, Callable[..., list[Row]]] = {"unet": unet.bench}
+BENCHES: dict[str, Callable[..., list[Row]]] = {"transport": transport.bench, "unet": unet.bench}
 
 
 def run(name: str, short: bool = False, **options: Any) -> list[Row]:
