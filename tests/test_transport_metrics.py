@@ -8,10 +8,18 @@ import pytest
 import scipy.linalg
 import torch
 from scipy.stats import wasserstein_distance
+from torchmetrics.functional.classification import multiclass_calibration_error
 from torchmetrics.image.fid import _compute_fid
 
 from minidistill.distributions import GaussianMixture, ring
-from minidistill.metrics import frechet_distance, grid_kl, kl_on_grid, mode_coverage, reverse_kl_on_grid
+from minidistill.metrics import (
+    expected_calibration_error,
+    frechet_distance,
+    grid_kl,
+    kl_on_grid,
+    mode_coverage,
+    reverse_kl_on_grid,
+)
 from minidistill.transport import sliced_wasserstein, wasserstein_1d
 from tests.helpers import f64, line
 
@@ -231,3 +239,26 @@ X = torch.zeros(4, 2)
 def test_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(("k", "n_bins"), [(2, 5), (10, 15), (10, 1)])
+def test_calibration_error_is_torchmetrics(k, n_bins):
+    probabilities, labels = (2 * normal(300, k)).softmax(1), torch.randint(k, (300,), generator=rng(1))
+    wanted = multiclass_calibration_error(probabilities, labels, k, n_bins)
+    assert expected_calibration_error(probabilities, labels, n_bins) == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_calibration_error_of_the_sure():
+    """Sure and always right: 0; sure and right half of the time: 1/2."""
+    sure = torch.eye(3)[[0, 1, 2, 0]]
+    assert expected_calibration_error(sure, torch.tensor([0, 1, 2, 0])) == 0
+    assert expected_calibration_error(sure, torch.tensor([0, 1, 1, 1])) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("bad", "labels", "text"), [
+    (torch.ones(2, 3), [0, 1], "probabilities has rows"), (torch.eye(3), [0, 1, 3], "labels runs"),
+    (torch.tensor([[1.5, -0.5]]), [0], "probabilities has rows"),
+])
+def test_calibration_error_refuses(bad, labels, text):
+    with pytest.raises(ValueError, match=text):
+        expected_calibration_error(bad, torch.tensor(labels))
