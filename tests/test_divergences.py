@@ -1,4 +1,4 @@
-"""The f-divergence table and score distances, each column against autograd, quadrature and textbook formulas."""
+"""The f-divergence table and its families, each column against autograd, quadrature and textbook formulas."""
 
 import math
 
@@ -13,6 +13,7 @@ from scipy.stats import norm
 
 from minidistill import divergences as dv
 from minidistill.divergences import F, alpha_divergence, from_function, skew_jensen_shannon
+from minidistill.f_divergences import _conjugate_by_bisection
 from tests.helpers import f64, line, normal_log_prob
 
 ALPHAS = [-1.0, 0.3, 0.5, 2.0, 3.0, 0.0, 1.0]
@@ -88,7 +89,7 @@ def test_fenchel_young_is_tight_at_the_slope(name):
     u = row.df(r)
     wanted = r * u - row.f(r)
     assert_close(row.conjugate(u), wanted, rtol=1e-8, atol=1e-8)
-    assert_close(dv._conjugate_by_bisection(row, u), wanted, rtol=1e-8, atol=1e-8)
+    assert_close(_conjugate_by_bisection(row, u), wanted, rtol=1e-8, atol=1e-8)
 
 
 @each_row
@@ -111,7 +112,7 @@ def test_bisection_finds_the_closed_conjugate(name):
         ])
     else:
         wanted = row.conjugate(u)
-    assert_close(dv._conjugate_by_bisection(row, u), wanted, rtol=1e-8, atol=1e-8)
+    assert_close(_conjugate_by_bisection(row, u), wanted, rtol=1e-8, atol=1e-8)
 
 
 def test_jeffreys_conjugate_is_lamberts():
@@ -290,33 +291,136 @@ def test_direction_is_the_weighted_score_gap():
     (lambda: alpha_divergence(math.nan), "a=nan"),
     (lambda: skew_jensen_shannon(1.0), "b=1.0"),
     (lambda: skew_jensen_shannon(0.0), "b=0.0"),
-    (lambda: dv.pseudo_huber(0.0), "c=0.0"),
 ])
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
-DISTANCES = [dv.squared_l2(), dv.pseudo_huber(0.1), dv.pseudo_huber(3.0)]
+@each_row
+def test_cost_is_the_conjugate_at_the_slope(name):
+    """f*(f'(r)) = r f'(r) - f(r), as a function of log r, from f as printed."""
+    row, l = ROWS[name], torch.linspace(-3, 3, 25, dtype=torch.float64)
+    assert_close(row.cost(l), l.exp() * row.df(l.exp()) - textbook(name, l.exp()), rtol=1e-9, atol=1e-9)
+    assert_close(row.cost(l), row.conjugate(row.slope(l)), rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("distance", DISTANCES, ids=lambda d: d.name)
-@pytest.mark.parametrize("shape", [(4, 2), (4, 1, 3, 3)])
-def test_score_distance_gradient_is_autograds(distance, shape):
-    y = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_(True)
-    value = distance.value(y)
-    assert value.shape == (4,)
-    assert_close(distance.gradient(y.detach()), torch.autograd.grad(value.sum(), y)[0])
+@each_row
+def test_flipped_is_u_f_of_one_over_u(name):
+    """f°(u) = u f(1/u) with both derivatives by autograd, h°(u) = u h(1/u), and the arguments exchanged."""
+    row, flip, u = ROWS[name], ROWS[name].flipped(), R.clone().requires_grad_(True)
+    value = u * row.f(1 / u)
+    first = torch.autograd.grad(value.sum(), u, create_graph=True)[0]
+    second = torch.autograd.grad(first.sum(), u)[0]
+    assert_close(flip.f(R), value.detach(), rtol=1e-9, atol=1e-11)
+    assert_close(flip.df(R), first.detach(), rtol=1e-8, atol=1e-8)
+    assert_close(flip.d2f(R), second, rtol=1e-6, atol=1e-8)
+    assert_close(flip.weight(R), R * row.weight(1 / R))
+    assert_close(flip.cost(R.log()), R * flip.df(R) - flip.f(R), rtol=1e-8, atol=1e-8)
+    log_p, log_q = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).log_softmax(-1)
+    assert_close(flip.between(log_q, log_p), row.between(log_p, log_q))
+    assert_close(flip.flipped().slope(R.log()), row.slope(R.log()))
+    v = flip.df(torch.logspace(-1, 1, 9, dtype=torch.float64))
+    assert_close(flip.conjugate(v), flip.cost(torch.linspace(-1, 1, 9, dtype=torch.float64) * math.log(10)), rtol=1e-7,
+                 atol=1e-7)
 
 
-@settings(max_examples=50, deadline=None)
-@given(log_scale=st.floats(-6, 6), log_c=st.floats(-4, 4), seed=st.integers(0, 99))
-def test_pseudo_huber_is_bounded_and_between_its_asymptotes(log_scale, log_c, seed):
-    """|d'| <= 1, and d <= |y| and d <= |y|^2 / 2c: quadratic below c, linear above."""
-    c, y = 10**log_c, torch.randn(3, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    y = 10**log_scale * y
-    d, norm_y = dv.pseudo_huber(c), y.norm(dim=1)
-    assert (d.gradient(y).norm(dim=1) <= 1 + 1e-12).all()
-    slack = 1e-12 * (c + norm_y)
-    assert (d.value(y) <= norm_y + slack).all()
-    assert (d.value(y) <= norm_y.square() / (2 * c) + slack).all()
+@each_row
+def test_weight_against_finite_differences(name):
+    """h(r) = r^2 f''(r) by second differences of the textbook's f: no autograd, no derivative of ours."""
+    r, step = torch.logspace(-1, 1, 15, dtype=torch.float64), 1e-3
+    f = [textbook(name, r * (1 + k * step)) for k in (-2, -1, 0, 1, 2)]
+    second = (-f[0] + 16 * f[1] - 30 * f[2] + 16 * f[3] - f[4]) / (12 * step**2)  # times r^2; error of order step^4
+    assert_close(ROWS[name].weight(r), second, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_limits_and_bound(name):
+    row, (at_zero, at_infinity) = ROWS[name], ENDS[name]
+    assert row.at_zero == pytest.approx(at_zero)
+    assert row.at_infinity == pytest.approx(at_infinity)
+    assert row.bound == pytest.approx(at_zero + at_infinity)
+    flip = row.flipped()
+    assert (flip.at_zero, flip.at_infinity) == (row.at_infinity, row.at_zero)
+
+
+@pytest.mark.parametrize(("name", "bound"), [
+    ("jensen_shannon", math.log(2)), ("squared_hellinger", 2.0), ("le_cam", 2.0), ("alpha0.5", 4.0),
+    ("skew0.2", -0.2 * math.log(0.2) - 0.8 * math.log(0.8)),
+])
+def test_bounded_divergences_reach_their_bound_and_no_more(name, bound):
+    assert ROWS[name].bound == pytest.approx(bound)
+    x, cell = line(-30, 40, 7001)
+    near, far = (float(ROWS[name].between(normal_log_prob(x, m, 1.0), normal_log_prob(x, 0.0, 1.0), cell))
+                 for m in (1.0, 12.0))
+    assert near < far <= bound * (1 + 1e-12)
+    assert far == pytest.approx(bound, rel=1e-3)
+
+
+def test_total_variation():
+    """The largest difference of probabilities; in [0, 1]; Fenchel-Young with f* = max(u, -1/2) up to u = 1/2."""
+    tv = dv.total_variation
+    x, cell = line(-14, 14, 40001)
+    got = tv.between(normal_log_prob(x, 1.0, 1.0), normal_log_prob(x, 0.0, 1.0), cell)
+    assert float(got) == pytest.approx(2 * norm.cdf(0.5) - 1, rel=1e-6)  # p > q beyond the middle
+    assert (tv.at_zero, tv.at_infinity, tv.bound) == (0.5, 0.5, 1.0)
+    r = f64([0.2, 0.9, 1.1, 4.0])
+    assert_close(tv.f(r), (r - 1).abs() / 2)
+    assert_close(tv.df(r), f64([-0.5, -0.5, 0.5, 0.5]))
+    assert_close(tv.conjugate(tv.df(r)), r * tv.df(r) - tv.f(r))
+    assert_close(tv.cost(r.log()), tv.conjugate(tv.df(r)))
+    assert_close(tv.conjugate(f64([-2.0, 0.3, 0.6])), f64([-0.5, 0.3, math.inf]))
+    assert_close(tv.weight(r), torch.zeros(4, dtype=torch.float64))
+    assert "total_variation" not in F
+
+
+@pytest.mark.parametrize("name", [*ROWS, "total_variation", "custom"])
+@pytest.mark.parametrize("log_r", [-80.0, 80.0])
+def test_float32_columns_are_right_at_extreme_ratios(name, log_r):
+    """q f(p/q), f' and f*(f') at ratios of e^{+-80}: float64's value wherever float32 can hold
+    it, infinity where it cannot, nan nowhere."""
+    row = {**ROWS, "total_variation": dv.total_variation, "custom": from_function(CUSTOM["jeffreys"])}[name]
+    for column, arguments in (
+        (row.perspective, (min(log_r, 0.0), min(-log_r, 0.0))),  # the larger density is 1
+        (row.perspective, (log_r, 0.0)), (row.slope, (log_r,)), (row.cost, (log_r,)),
+    ):
+        exact = float(column(*map(f64, arguments)))
+        got = float(column(*(torch.tensor(a) for a in arguments)))
+        wanted = exact if abs(exact) < 1e38 else math.copysign(math.inf, exact)
+        assert got == pytest.approx(wanted, rel=2e-5, abs=1e-30)
+
+
+@pytest.mark.parametrize("name", ["pearson", "neyman"])
+def test_chi_squared_of_neighbours_keeps_its_digits_in_float32(name):
+    """Expanding (r - 1)^2 would leave nothing: at r = 1.001 it subtracts numbers near 1 to get 1e-6."""
+    assert float(F[name].f(torch.tensor(1.001))) == pytest.approx(1e-6, rel=2e-3)
+
+
+@pytest.mark.parametrize(("f", "at_zero", "at_infinity"), [
+    (lambda r: -torch.log(r), math.inf, 0.0), (lambda r: r * torch.log(r), 0.0, math.inf),
+    (lambda r: (r - 1) ** 2, 1.0, math.inf), (lambda r: (r - 1) ** 2 / (r + 1), 1.0, 1.0),
+    (lambda r: (1 - r.sqrt()) ** 2, 1.0, 1.0), (lambda r: (r - 1) * torch.log(r), math.inf, math.inf),
+    (lambda r: (r - 1) ** 4 / (r + 1) ** 3, 1.0, 1.0),  # overflows at the farthest look
+])
+def test_from_function_finds_its_limits(f, at_zero, at_infinity):
+    """Also where f itself says nan there, 0 log 0; and -inf logits count as they do in the closed rows."""
+    custom = from_function(f)
+    assert custom.at_zero == pytest.approx(at_zero, abs=1e-8)
+    assert custom.at_infinity == pytest.approx(at_infinity, abs=1e-8)
+    a, b = f64([0.0, 0.0, -math.inf, -math.inf]), f64([0.0, 0.0, 0.0, -math.inf])
+    assert float(custom.categorical(a, b)) == pytest.approx(2 / 3 * float(f(f64(1.5))) + at_zero / 3)
+    assert float(custom.categorical(b, a)) == pytest.approx(float(f(f64(2 / 3))) + at_infinity / 3)
+
+
+def test_from_function_takes_the_limits_that_are_given():
+    slow = from_function(lambda r: alpha_divergence(0.99).f(r), at_zero=1 / 0.99, at_infinity=100.0)
+    assert slow.bound == pytest.approx(alpha_divergence(0.99).bound)
+
+
+def test_from_function_passes_gradients():
+    """The objective's direction is differentiable in the ratio, as a closed row's is."""
+    l = f64([-1.0, 0.3, 2.0]).requires_grad_(True)
+    custom, row = from_function(CUSTOM["pearson"]), F["pearson"]
+    for column in ("slope", "log_weight", "cost"):
+        got, wanted = (torch.autograd.grad(getattr(d, column)(l).sum(), l)[0] for d in (custom, row))
+        assert_close(got, wanted, rtol=1e-9)
