@@ -1,7 +1,15 @@
-"""Teachers: anything that denoises, D(x, sigma, label).
+"""Teachers: anything that denoises, D(x, sigma, label). All of them meet in the same samplers and distillations.
 
-An exact `GaussianMixture` is one already. `train_denoiser` makes one from data, `from_diffusers` wraps one that was
-trained elsewhere; all of them then meet in the same tests, samplers and distillations.
+    exact        GaussianMixture (distributions.py)             the target's own denoiser, at every noise level
+    Gaussian     GaussianTeacher (closed_form.py)               mean and covariance of data, flow in closed form
+    empirical    EmpiricalTeacher (closed_form.py)              softmax over the data set; smoothing > 0 generalises
+    learned      train_denoiser (here)                          EDM preconditioning around any network
+    borrowed     from_diffusers (diffusers_teacher.py)          trained elsewhere
+    calibrated   calibrated (guidance.py)                       any denoiser, its mean error taken off
+    guided       classifier_free, classifier_guided, autoguided (guidance.py)    extrapolated from a weaker one
+    energy       distil_energy (energy.py)                      the gradient of a scalar, distilled from any of these
+
+`log_likelihood` (likelihood.py) gives the density of each.
 """
 
 from __future__ import annotations
@@ -14,13 +22,29 @@ import torch
 from torch import Tensor, nn
 
 from minidistill import _validate, parallel, training
+from minidistill.closed_form import EmpiricalTeacher, GaussianTeacher
 from minidistill.data import random_flip, to_float
 from minidistill.diffusers_teacher import DiffusersDenoiser, from_diffusers
+from minidistill.energy import EnergyDenoiser, distil_energy
+from minidistill.guidance import (
+    Calibrated,
+    Guided,
+    aligned_guidance_loss,
+    autoguided,
+    calibrated,
+    classifier_free,
+    classifier_guided,
+)
+from minidistill.likelihood import log_likelihood
 from minidistill.networks import MLP, Denoiser
 from minidistill.score_matching import denoising_loss, edm_weight, log_normal_sigma
 from minidistill.training import Speed
 
-__all__ = ["DiffusersDenoiser", "from_diffusers", "train_denoiser"]
+__all__ = [
+    "Calibrated", "DiffusersDenoiser", "EmpiricalTeacher", "EnergyDenoiser", "GaussianTeacher", "Guided",
+    "aligned_guidance_loss", "autoguided", "calibrated", "classifier_free", "classifier_guided", "distil_energy",
+    "from_diffusers", "log_likelihood", "train_denoiser",
+]
 
 
 def train_denoiser(
@@ -28,6 +52,7 @@ def train_denoiser(
     network: nn.Module | None = None,
     *,
     labels: Tensor | None = None,
+    drop_label: float = 0.0,
     steps: int = 5000,
     batch_size: int = 256,
     learning_rate: float = 2e-3,
@@ -51,6 +76,9 @@ def train_denoiser(
             as a whole.
         network: F(x, c_noise, label); None for an MLP of width 256, class-conditional if there are labels.
         labels: (n,) classes 0..c-1, for a class-conditional teacher.
+        drop_label: this share of the labels is replaced by a null class, the network's last, which so learns the
+            unconditional denoiser that `classifier_free(D, scale, unconditional=c)` needs (Ho 2022). A network must
+            have c + 1 classes for that; the default one has.
         sigma_mean, sigma_std: of ln sigma, relative to data of standard deviation 0.5 as in EDM; other data
             shift the mean by ln(sigma_data / 0.5).
         ema_halflife: in samples seen.
@@ -73,6 +101,9 @@ def train_denoiser(
     if labels is not None:
         _validate.labels("labels", labels, len(data))
         n_classes = int(labels.max()) + 1
+    if not 0 <= drop_label < 1 or (drop_label and labels is None):
+        raise ValueError(f"drop_label={drop_label!r}: wanted a share from 0 to below 1, and above 0 only with labels")
+    n_classes += drop_label > 0  # the null class
     for name, number in (("steps", steps), ("batch_size", batch_size)):
         _validate.whole(name, number)
     for name, value in (("learning_rate", learning_rate), ("sigma_std", sigma_std),
@@ -106,11 +137,15 @@ def train_denoiser(
         noise = torch.randn((batch_size, *data.shape[1:]), generator=rng, device=device)
         x0 = to_float(data[index])
         x0 = random_flip(x0, rng) if flip else x0
+        classes = None if labels is None else labels[index]
+        if classes is not None and drop_label:
+            dropped = torch.rand(batch_size, generator=rng, device=device) < drop_label
+            classes = classes.masked_fill(dropped, network.n_classes - 1)  # type: ignore[operator]
         training.set_learning_rate(optimizer, learning_rate * training.schedule(state.step, steps, warmup, hold))
         loss = torch.zeros((), device=device)
         for number, i in enumerate(mine, 1):
             with parallel.last_only(model, number == len(mine)):
-                label = None if labels is None else labels[index[i]]
+                label = None if classes is None else classes[i]
                 weight = edm_weight(sigma[i], sigma_data)
                 piece = denoising_loss(model, x0[i], sigma[i], noise[i], label, weight).mean() / len(mine)
                 training.backward(piece, optimizer)
@@ -124,6 +159,8 @@ def train_denoiser(
         "batch_size": batch_size, "learning_rate": learning_rate, "sigma": [sigma_mean, sigma_std],
         "ema_halflife": ema_halflife, "clip": clip, "warmup": warmup, "hold": hold, "flip": flip, "seed": seed,
     }
+    if drop_label:
+        config["drop_label"] = drop_label
     state = training.State({"net": denoiser, "ema": ema}, {"net": optimizer}, rng, config)
     training.fit(state, update, steps, batch_size=batch_size, **({"description": "teacher"} | fit_options))
     return ema
@@ -137,8 +174,8 @@ def _fits(network: nn.Module, data: Tensor, n_classes: int) -> None:
     if tuple(shape) != tuple(data.shape[1:]):
         raise ValueError(f"network takes samples of shape {tuple(shape)}, but data has {tuple(data.shape[1:])}")
     if bool(classes) != bool(n_classes) or classes < n_classes:
-        raise ValueError(f"network has {classes} classes, but labels has {n_classes}; wanted labels for conditional "
-                         "networks, none for others")
+        raise ValueError(f"network has {classes} classes, but labels has {n_classes} (with the null class of dropped "
+                         "labels); wanted labels for conditional networks, none for others")
 
 
 def _standard_deviation(data: Tensor) -> float:
