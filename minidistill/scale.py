@@ -26,5 +26,7 @@ def pick(smoke: T, cpu: T, gpu: T | None = None) -> T:
 
 
 def announce(smoke: str, cpu: str, gpu: str | None = None) -> None:
-    """Print the scale in force and how long the notebook takes at it. Not for a cell whose output is compared."""
+    """Print the scale in force and how long the notebook takes at it, and seed torch, so that networks start from the
+    same weights in every run. Not for a cell whose output is compared."""
+    torch.manual_seed(0)
     print(f"{VARIABLE}={name()} ({' | '.join(NAMES)}): this notebook takes about {pick(smoke, cpu, gpu)}")
