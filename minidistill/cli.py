@@ -27,7 +27,7 @@ from minidistill import (
     training,
     unet,
 )
-from minidistill.distillation import OBJECTIVES, Diagnosis, distill
+from minidistill.distillation import OBJECTIVES, Diagnosis, Needs, distill
 from minidistill.distributions import MIXTURES, SHAPES, GaussianMixture
 from minidistill.networks import Denoiser, Generator
 
@@ -101,12 +101,13 @@ def distil(a: argparse.Namespace) -> None:
     samples = labels = None
     if isinstance(teacher, GaussianMixture):
         teacher = teacher.to(torch.device(a.device))
-    elif getattr(OBJECTIVES[a.objective], "needs_ratio", False):
+    elif Needs.of(OBJECTIVES[a.objective]).data:
         samples, labels = _dataset(name, a.seed, a.root, a.subset)
     out = Path(a.out)
     model = checkpoints.writable(out / "student.safetensors")
     images = len(teacher.shape) == 3
     rate, critic_rate, critic_steps = (3e-4, 1e-3, 2) if images else (2e-3, 5e-3, 3)
+    critic_steps = getattr(OBJECTIVES[a.objective], "critic_steps", critic_steps)  # some need many
 
     def draw_panel(seen: Diagnosis) -> None:
         plotting.save(plotting.panel(seen).figure, out / "panel.png")  # type: ignore[arg-type]

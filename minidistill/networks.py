@@ -147,24 +147,38 @@ class Correction(nn.Module):
         nn.init.zeros_(network.outward.weight)  # type: ignore[union-attr, arg-type]
         nn.init.zeros_(network.outward.bias)  # type: ignore[union-attr, arg-type]
 
-    def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
+    @property
+    def teacher(self) -> Any:
+        return self._teacher[0]
+
+    def learned(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
+        """The correction alone, c_out F, (n, *shape)."""
         s = _validate.broadcast_sigma(sigma, x, positive=True)
-        learned = self.denoiser(x, sigma, label) - x * (
+        return self.denoiser(x, sigma, label) - x * (
             self.denoiser.sigma_data**2 / (s.square() + self.denoiser.sigma_data**2)
         )
-        return self._teacher[0](x, sigma, label) + learned
+
+    def features(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
+        """The correction's features, as of `Denoiser`."""
+        return self.denoiser.features(x, sigma, label)
+
+    def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
+        return self.teacher(x, sigma, label) + self.learned(x, sigma, label)
 
 
 class Generator(nn.Module):
     """One-step student G(z, label) = D(sigma_init z, sigma_init, label): a denoiser called once, on pure noise.
 
-    Given a teacher's denoiser it starts from the teacher's weights, as in DMD, SiD and SIM.
+    Given a teacher's denoiser it starts from the teacher's weights, as in DMD, SiD and SIM. `levels`, descending below
+    sigma_init, are those at which a student of several steps is called again, each time on its last sample with new
+    noise (DMD2); () for one step.
     """
 
     def __init__(self, denoiser: Denoiser, sigma_init: float) -> None:
         super().__init__()
         _validate.positive("sigma_init", sigma_init)
         self.denoiser, self.sigma_init = denoiser, float(sigma_init)
+        self.levels: tuple[float, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -174,9 +188,11 @@ class Generator(nn.Module):
     def n_classes(self) -> int:
         return self.denoiser.n_classes
 
-    def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
-        """z ~ N(0, I), (n, *shape) -> samples, (n, *shape)."""
-        return self.denoiser(self.sigma_init * z, self.sigma_init, label)
+    def forward(self, z: Tensor, label: Tensor | None = None, sigma: float | None = None) -> Tensor:
+        """z ~ N(0, I), (n, *shape) -> samples, (n, *shape). With sigma, z is no noise but samples noised to that level,
+        to be denoised: a further step."""
+        x, level = (self.sigma_init * z, self.sigma_init) if sigma is None else (z, sigma)
+        return self.denoiser(x, level, label)
 
 
 class Discriminator(nn.Module):

@@ -5,6 +5,9 @@ or the first mismatch, and returns whether `f` is correct. The answers are in `t
 """
 
 from minidistill.check._core import claims
+from minidistill.check.divergences import chi_squared_conjugate, flipped_weight, unbiased_mmd
+from minidistill.check.gradients import best_cover, divergence_weight, reverse_kl_gradient
+from minidistill.check.samplers import ddim_step, gaussian_flow
 from minidistill.check.scores import (
     best_share,
     class_gradient,
@@ -19,10 +22,15 @@ from minidistill.check.scores import (
     velocity,
 )
 from minidistill.check.students import c_out, ema_decay, mirror, noise_through, normalised_ratio, sid_loss, sim_gradient
+from minidistill.check.teachers import aligned_share, weighted_denoiser
 
 __all__ = [
     "claims",
     "one_call", "score_gap", "mixture_score", "tweedie", "langevin_share", "stein_trace", "best_share",  # 00 to 02
     "class_gradient", "gauge_defect", "velocity", "uniform_time_density",  # 03, 04
+    "weighted_denoiser", "aligned_share",  # 05
+    "ddim_step", "gaussian_flow",  # 06
+    "flipped_weight", "chi_squared_conjugate", "unbiased_mmd",  # 07
+    "divergence_weight", "reverse_kl_gradient", "best_cover",  # 08
     "normalised_ratio", "sim_gradient", "c_out", "ema_decay", "mirror", "noise_through", "sid_loss",  # 15 to 17
 ]

@@ -1,36 +1,65 @@
-"""Distil a diffusion teacher to one step: `distill(teacher, objective="reverse_kl", steps=...)`."""
+"""Distil a diffusion teacher to one step: `distill(teacher, objective="reverse_kl", steps=...)`.
+
+    batch.py       what an objective sees            matching.py      f-distill, Diff-Instruct: h(r) (s_p - s_q)
+    prepare.py     the networks to start from        dmd.py           DMD (regression on pairs), DMD2 (adversarial)
+    pairs.py       noise and the teacher's samples   implicit.py      SIM, SiD, SiDA: distances between scores
+    student.py     one step or several               mixture.py       score of mixture: all skews at once
+    loop.py        critic and generator steps        uni_instruct.py  the divergence of the clean laws, expanded
+    plateau.py     when to stop                      diagnosis.py     a look into a running distillation
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minidistill import _validate, divergences, parallel, training
-from minidistill.distillation.batch import Batch
+from minidistill.distillation.batch import Batch, Terms, term_gradients
 from minidistill.distillation.diagnosis import Diagnosis, diagnose
-from minidistill.distillation.implicit import ScoreIdentity, ScoreImplicitMatching
-from minidistill.distillation.loop import Distilled, Objective, draw, train
+from minidistill.distillation.dmd import DMD, DMD2
+from minidistill.distillation.implicit import AdversarialScoreIdentity, ScoreIdentity, ScoreImplicitMatching
+from minidistill.distillation.loop import SCHEDULES, Objective, train
 from minidistill.distillation.matching import DistributionMatching
-from minidistill.distillation.prepare import check_data, device_of, has_weights, prepare, shape_of, sigma_data_of
+from minidistill.distillation.mixture import ScoreOfMixture
+from minidistill.distillation.pairs import make_pairs
+from minidistill.distillation.plateau import check_patience
+from minidistill.distillation.prepare import (
+    Needs,
+    check_data,
+    device_of,
+    has_weights,
+    prepare,
+    shape_of,
+    sigma_data_of,
+)
+from minidistill.distillation.student import Distilled, check_levels, draw
+from minidistill.distillation.uni_instruct import UniInstruct
 from minidistill.networks import Generator
 from minidistill.training import Speed
 
 __all__ = [
-    "OBJECTIVES", "Batch", "Diagnosis", "Distilled", "DistributionMatching", "Objective", "ScoreIdentity",
-    "ScoreImplicitMatching", "diagnose", "distill", "draw",
+    "DMD", "DMD2", "OBJECTIVES", "SCHEDULES", "AdversarialScoreIdentity", "Batch", "Diagnosis", "Distilled",
+    "DistributionMatching", "Needs", "Objective", "ScoreIdentity", "ScoreImplicitMatching", "ScoreOfMixture", "Terms",
+    "UniInstruct", "diagnose", "distill", "draw", "term_gradients",
 ]
-#: Every objective by name: all f-divergences by distribution matching, then the score-implicit family.
+#: Every objective by name: distribution matching with each f-divergence, reverse KL in its other clothes, the line of
+#: skew Jensen-Shannon divergences, and the score-implicit family.
 OBJECTIVES: dict[str, Objective] = {
     **{name: DistributionMatching(row) for name, row in divergences.F.items()},
     "diff_instruct": DistributionMatching(divergences.F["reverse_kl"], normalise=False),
+    "dmd": DMD(),
+    "dmd2": DMD2(),
     "skew_jensen_shannon": DistributionMatching(divergences.skew_jensen_shannon(0.25)),
+    "score_of_mixture": ScoreOfMixture(),
     "sim": ScoreImplicitMatching(divergences.pseudo_huber(0.1)),
     "sim_l2": ScoreImplicitMatching(divergences.squared_l2(), normalise=True),
     "sid": ScoreIdentity(alpha=1.2),
+    "sida": AdversarialScoreIdentity(),
     "fisher": ScoreIdentity(alpha=0.5),
+    "uni_instruct": UniInstruct(divergences.F["jensen_shannon"]),
 }
 
 
@@ -44,15 +73,17 @@ def distill(
     labels: Tensor | None = None,
     shape: tuple[int, ...] | None = None,
     batch_size: int = 256,
-    critic_steps: int = 3,
+    critic_steps: int | None = None,
     learning_rate: float = 2e-3,
     critic_learning_rate: float = 5e-3,
     sigma_init: float | None = None,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
+    student_levels: Sequence[float] = (),
     ema_halflife: float = 100_000,
     clip: float | None = None,
     hold: float = 0.2,
+    schedule: str = "linear",
     flip: bool = False,
     accumulate: int = 1,
     speed: Speed | None = None,
@@ -61,33 +92,42 @@ def distill(
     evaluate: Callable[[Generator], dict[str, float]] | None = None,
     inspect: Callable[[Diagnosis], None] | None = None,
     evaluate_every: int = 500,
+    patience: int | None = None,
+    monitor: str | None = None,
     **fit_options: Any,
 ) -> Distilled:
-    """Distil a teacher D(x, sigma, label) to a generator x0 = G(z, label) of one network call.
+    """Distil a teacher D(x, sigma, label) to a generator x0 = G(z, label) of one network call, or of a few.
 
     Args:
         teacher: any denoiser: an exact `GaussianMixture`, a trained `Denoiser`, or your own callable.
         generator: the student to train, in place; None makes one: a copy of a trained teacher (so it starts
             from the teacher's weights), else a new MLP.
-        objective: a name of `OBJECTIVES`, or an object with `critic_loss(batch)` and `generator_loss(batch)`.
+        objective: a name of `OBJECTIVES`, or an object with `critic_loss(batch)` and `generator_loss(batch)`, and what
+            it needs besides (`Needs`).
         data, labels: real samples (n, *shape), floating or bytes, and classes (n,), needed only by objectives that
-            learn a density ratio, and not even by those if the teacher can `sample(n, generator)`. A ratio is read
+            compare with real samples, and not even by those if the teacher can `sample(n, generator)`. A ratio is read
             off a trained teacher's features by a small head, else a network of its own learns it.
         shape: of one sample; only for a teacher without a `.shape`, when there are no data either.
-        critic_steps: updates of the fake network (and the ratio) for each update of the generator.
+        critic_steps: updates of the fake network (and the ratio) for each update of the generator; None for the
+            objective's own number (5 of `dmd2` and `sida`), else 3.
         sigma_init: noise level at which the student reads its input, G(z) = D(sigma_init z, sigma_init).
         sigma_min, sigma_max: range of the noise levels, log-uniform. Defaults are multiples of the data's
             standard deviation: 0.035 and 5; `sigma_init` 1.5 for a student that starts from a trained teacher,
             0.5 for a new one.
+        student_levels: noise levels, descending below sigma_init, at which a student of several steps is called again
+            on its own samples with new noise; () for one step.
         ema_halflife: of the generator's average, in samples.
         clip: bound on the norm of either gradient; None for none.
-        hold: the share of the run after which the learning rates fall, linearly, to 0.
+        hold, schedule: the share of the run after which the learning rates fall to 0, and how: "linear" or "cosine";
+            "constant" for not at all.
         flip: mirror real images left to right half of the time.
         accumulate: pieces that a batch is computed in, one after the other, where memory is short.
         speed: precision, memory format, compilation of all three networks.
         evaluate: called on the averaged generator every `evaluate_every` steps; its numbers join the history.
         inspect: called as often with a `Diagnosis` (samples, and both denoisers' views of them); its score gap joins
             the history. `plotting.panel` draws it.
+        patience, monitor: end the run once the number named `monitor` (None: the first), the lower the better, was not
+            below its best for so many evaluations; the last record then holds "plateau": 1.
         fit_options: `checkpoint`, `resume`, `progress`, `minutes`, `callbacks`, ... of `training.fit`; callbacks are
             called every `evaluate_every` steps too.
     Returns:
@@ -120,17 +160,29 @@ def distill(
         _validate.positive(name, value)
     if sigma_min >= sigma_max:
         raise ValueError(f"sigma_min={sigma_min:g} is not below sigma_max={sigma_max:g}")
+    needs = Needs.of(rule)
+    critic_steps = needs.critic_steps if critic_steps is None else critic_steps
     for name, count in (("steps", steps), ("batch_size", batch_size), ("critic_steps", critic_steps),
                         ("evaluate_every", evaluate_every), ("accumulate", accumulate)):
         _validate.whole(name, count)
     parallel.parts(batch_size, accumulate)
+    _validate.choose("schedule", schedule, SCHEDULES)
+    check_patience(patience, monitor, evaluate is not None or inspect is not None)
+    student_levels = check_levels(student_levels, generator.sigma_init if generator is not None else sigma_init)
     device = torch.device(device or device_of(teacher))
     rng = training.generator_on(device, seed)
     torch.manual_seed(seed)
     run = prepare(
-        teacher, generator, needs_ratio=getattr(rule, "needs_ratio", False), shape=shape, sigma_data=sigma_data,
-        sigma_init=sigma_init, data=data, labels=labels, flip=flip, rng=rng,
+        teacher, generator, needs=needs, shape=shape, sigma_data=sigma_data, sigma_init=sigma_init, data=data,
+        labels=labels, flip=flip, rng=rng,
     )
+    if student_levels:
+        run.generator.levels = student_levels
+    if needs.pairs:
+        run.pairs = make_pairs(
+            run.teacher, needs.pairs, shape, sigma_data, run.generator.n_classes, seed=seed, device=device,
+            progress=fit_options.get("progress", True),
+        )
     network = getattr(run.generator.denoiser, "network", None)
     config = {
         "run": "distillation", "objective": repr(rule) if not isinstance(objective, str) else objective,
@@ -139,11 +191,15 @@ def distill(
         "rates": [learning_rate, critic_learning_rate], "sigma": [sigma_min, sigma_max],
         "ema_halflife": ema_halflife, "clip": clip, "hold": hold, "flip": flip, "seed": seed,
     }
+    if run.generator.levels:  # named only where they differ from what runs had before there were any
+        config["student_levels"] = list(run.generator.levels)
+    if schedule != "linear":
+        config["schedule"] = schedule
     description = objective if isinstance(objective, str) else type(rule).__name__
     return train(
         run, rule, steps=steps, batch_size=batch_size, critic_steps=critic_steps, learning_rate=learning_rate,
-        critic_learning_rate=critic_learning_rate, sigma_min=sigma_min, sigma_max=sigma_max, hold=hold, clip=clip,
-        ema_halflife=ema_halflife, accumulate=accumulate, speed=speed or Speed(), rng=rng, config=config,
-        evaluate=evaluate, inspect=inspect, callback_every=evaluate_every,
-        **({"description": description} | fit_options),
+        critic_learning_rate=critic_learning_rate, sigma_min=sigma_min, sigma_max=sigma_max, hold=hold,
+        schedule=schedule, clip=clip, ema_halflife=ema_halflife, accumulate=accumulate, speed=speed or Speed(), rng=rng,
+        config=config, evaluate=evaluate, inspect=inspect, callback_every=evaluate_every, patience=patience,
+        monitor=monitor, **({"description": description} | fit_options),
     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minidistill import _validate
+from minidistill.networks import Correction
 
 
 @dataclass
@@ -25,9 +28,12 @@ class Batch:
     fake: Callable[..., Tensor]
     label: Tensor | None = None
     ratio: Callable[..., Tensor] | None = None  # the discriminator's logit, about log p / q, (n,)
-    real: Tensor | None = None  # (n, *shape) the teacher's samples or data, for the ratio
+    real: Tensor | None = None  # (n, *shape) the teacher's samples or data, for objectives with a critic of samples
     real_label: Tensor | None = None
     sigma_data: float = 1.0
+    uniform: Tensor | None = None  # (n,) numbers in [0, 1), for objectives that draw a parameter
+    pair_x0: Tensor | None = None  # (n, *shape) what the student makes of the pairs' noise, with its graph
+    pair_y: Tensor | None = None  # (n, *shape) what the teacher's sampler made of the same noise
 
     @property
     def xt(self) -> Tensor:
@@ -36,7 +42,39 @@ class Batch:
 
     def denoise_both(self, xt: Tensor) -> tuple[Tensor, Tensor]:
         """(D_teacher, D_fake) at xt, each (n, *shape)."""
-        return self.teacher(xt, self.sigma, self.label), self.fake(xt, self.sigma, self.label)
+        teacher_x0 = self.teacher(xt, self.sigma, self.label)
+        if isinstance(self.fake, Correction) and self.fake.teacher is self.teacher:  # it would be called twice
+            return teacher_x0, teacher_x0 + self.fake.learned(xt, self.sigma, self.label)
+        return teacher_x0, self.fake(xt, self.sigma, self.label)
+
+    def real_and_fake(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(x_t, x0, sigma, label) of the real samples and then the student's, (2n, ...). Both get the same noise and
+        level, which cancels some of the variance of a loss that compares them."""
+        assert self.real is not None
+        x0, xt = torch.cat([self.real, self.x0]), self.xt
+        xt = torch.cat([self.real + (xt - self.x0), xt])
+        label = None if self.label is None or self.real_label is None else torch.cat([self.real_label, self.label])
+        return xt, x0, self.sigma.repeat(2), label
+
+
+class Terms:
+    """An objective whose generator loss is a sum of named terms, so that each one's gradient can be looked at."""
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def generator_loss(self, batch: Batch) -> Tensor:
+        return reduce(torch.add, self.terms(batch).values())
+
+
+def term_gradients(objective: Any, batch: Batch, wrt: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+    """The gradient of each term's batch mean in `wrt`: the student's parameters, or `[batch.x0]` for the pull on
+    each sample. Zeros where a term does not reach."""
+    terms = objective.terms(batch)
+    return {
+        name: list(torch.autograd.grad(term.mean(), wrt, retain_graph=True, allow_unused=True, materialize_grads=True))
+        for name, term in terms.items()
+    }
 
 
 def per_sample(values: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minidistill import training
+from minidistill.distillation.student import entrance
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def diagnose(
     z, noise = torch.randn(2, n, *generator.shape, generator=rng).to(device)
     label = torch.arange(n, device=device) % generator.n_classes if generator.n_classes else None
     sigma = sigma_data * torch.logspace(-1, 0.7, n, device=device)
-    x0 = generator(z, label)
+    noises = [torch.randn(n, *generator.shape, generator=rng).to(device) for _ in getattr(generator, "levels", ())]
+    x0 = entrance(generator, z, label, noises).into(generator, label)
     xt = x0 + sigma.reshape(-1, *[1] * (x0.ndim - 1)) * noise
     teacher_x0, fake_x0 = teacher(xt, sigma, label), fake(xt, sigma, label)
     gap = float((teacher_x0 - fake_x0).square().mean().sqrt()) / sigma_data

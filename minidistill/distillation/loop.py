@@ -1,8 +1,9 @@
-"""The distillation loop: critic steps, a generator step, an average of the generator; and its records."""
+"""The distillation loop: critic steps, a generator step, an average of the generator."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,13 +14,17 @@ from torch import Tensor, nn
 from minidistill import _validate, parallel, training
 from minidistill.distillation.batch import Batch
 from minidistill.distillation.diagnosis import Diagnosis, diagnose
-from minidistill.distillation.prepare import Run
+from minidistill.distillation.plateau import run_to_end, stop_on_plateau
+from minidistill.distillation.prepare import Needs, Run
+from minidistill.distillation.student import Distilled, Entrance, entrance
 from minidistill.networks import Generator
 from minidistill.score_matching import log_uniform_sigma
 
 
 class Objective(Protocol):
-    """What `distill` minimises: two losses per sample, (n,). `needs_ratio` asks for a discriminator."""
+    """What `distill` minimises: two losses per sample, (n,). `needs_ratio` asks for a discriminator; what else an
+    objective can ask for is in `prepare.Needs`. Those in `OBJECTIVES` also have `terms(batch)`, the named losses that
+    `generator_loss` is the sum of."""
 
     @property
     def needs_ratio(self) -> bool: ...
@@ -27,32 +32,21 @@ class Objective(Protocol):
     def generator_loss(self, batch: Batch) -> Tensor: ...
 
 
-@dataclass
-class Distilled:
-    """A one-step student: `generator` as last trained, `ema` its average (usually the better one)."""
-
-    generator: Generator
-    ema: Generator
-    history: list[dict[str, float]]
-    teacher: Callable[..., Tensor]
-    fake: nn.Module
-    ratio: nn.Module | None
-
-    @torch.no_grad()
-    def sample(self, n: int, *, label: Tensor | None = None, seed: int = 0) -> Tensor:
-        """n one-step samples of the averaged student, (n, *shape); classes in turn if it has them and none is given."""
-        return draw(self.ema, n, label=label, seed=seed)
+#: Learning rate schedules, of `training.schedule`'s factor, which falls linearly from 1 to 0 after a hold.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda factor: factor,
+    "cosine": lambda factor: math.sin(math.pi / 2 * factor) ** 2,
+    "constant": lambda factor: 1.0,
+}
 
 
-@torch.no_grad()
-def draw(generator: Generator, n: int, *, label: Tensor | None = None, seed: int = 0) -> Tensor:
-    """n samples G(z, label), z ~ N(0, I) from the seed; classes 0, 1, 2, ... in turn unless `label` (n,) is given."""
-    _validate.whole("n", n)
-    device = next(generator.parameters()).device
-    z = torch.randn(n, *generator.shape, generator=training.generator_on("cpu", seed)).to(device)
-    if label is None and generator.n_classes:
-        label = torch.arange(n) % generator.n_classes
-    return generator(z, None if label is None else label.to(device))
+@dataclass(frozen=True)
+class Levels:
+    """How a whole batch is noised."""
+
+    sigma: Tensor  # (n,)
+    noise: Tensor  # (n, *shape)
+    uniform: Tensor | None  # (n,)
 
 
 def train(
@@ -67,6 +61,7 @@ def train(
     sigma_min: float,
     sigma_max: float,
     hold: float,
+    schedule: str,
     clip: float | None,
     ema_halflife: float,
     accumulate: int,
@@ -75,11 +70,17 @@ def train(
     config: dict[str, Any],
     evaluate: Callable[[Generator], dict[str, float]] | None,
     inspect: Callable[[Diagnosis], None] | None,
+    patience: int | None,
+    monitor: str | None,
     callbacks: Sequence[training.Callback] = (),
     **fit_options: Any,
 ) -> Distilled:
-    """Alternate `critic_steps` updates of fake (and ratio) with one of the generator, `steps` times."""
-    device, generator = rng.device, run.generator
+    """Alternate `critic_steps` updates of fake (and ratio) with one of the generator, `steps` times.
+
+    A student of several steps is trained at one of them in each update, drawn at random, on samples that its own
+    earlier steps made.
+    """
+    device, generator, needs = rng.device, run.generator, Needs.of(objective)
     critic = nn.ModuleDict({"fake": run.fake} | ({"ratio": run.ratio} if run.ratio else {}))
     ema = copy.deepcopy(generator).eval().requires_grad_(False)
     averages: list[Tensor] = list(ema.parameters())
@@ -94,17 +95,24 @@ def train(
     mine = parallel.parts(batch_size, accumulate)  # of every batch, what this process computes, in pieces
     student, fake = parallel.wrap(generator), parallel.wrap(run.fake)
     ratio = parallel.wrap(run.ratio) if run.ratio else None
+    rate, latest = _validate.choose("schedule", schedule, SCHEDULES), dict[str, Tensor]()
 
-    def noise() -> tuple[Tensor, Tensor]:
+    def normal() -> Tensor:
+        return torch.randn(batch_size, *generator.shape, generator=rng, device=device)
+
+    def levels() -> Levels:  # of the whole batch, whatever the pieces
         sigma = log_uniform_sigma(batch_size, sigma_min, sigma_max, rng, device)
-        return sigma, torch.randn(batch_size, *generator.shape, generator=rng, device=device)
+        e = normal()
+        uniform = torch.rand(batch_size, generator=rng, device=device) if needs.uniform else None
+        return Levels(sigma, e, uniform)
 
-    def noised(x0: Tensor, label: Tensor | None, level: tuple[Tensor, Tensor], i: slice, *critics: Any) -> Batch:
-        fake, ratio = critics
-        return Batch(x0, level[0][i], level[1][i], run.teacher, fake, label, ratio, sigma_data=run.sigma_data)
+    def noised(x0: Tensor, label: Tensor | None, level: Levels, i: slice, fake: Any, ratio: Any) -> Batch:
+        uniform = None if level.uniform is None else level.uniform[i]
+        return Batch(x0, level.sigma[i], level.noise[i], run.teacher, fake, label, ratio, sigma_data=run.sigma_data,
+                     uniform=uniform)
 
     def critic_step(x0: list[Tensor], label: list[Tensor | None]) -> tuple[Tensor, Tensor]:
-        level, loss = noise(), torch.zeros((), device=device)
+        level, loss = levels(), torch.zeros((), device=device)
         real, real_label = (None, None) if run.real is None else run.real(batch_size)
         for k, i in enumerate(mine):
             batch = noised(x0[k].detach(), label[k], level, i, fake, ratio)
@@ -116,34 +124,45 @@ def train(
             loss += piece.detach()
         return loss, training.descend(critic_optimizer, clip)
 
-    def generator_step(z: Tensor, x0: list[Tensor], label: list[Tensor | None]) -> tuple[Tensor, Tensor]:
-        level, loss = noise(), torch.zeros((), device=device)
+    def generator_step(
+        entries: list[Entrance], x0: list[Tensor], label: list[Tensor | None]
+    ) -> tuple[Tensor, Tensor]:
+        level, loss = levels(), torch.zeros((), device=device)
+        pairs = None if run.pairs is None else run.pairs.draw(batch_size, rng)
         for k, i in enumerate(mine):
             with parallel.last_only(student, i is mine[-1]):
-                made = x0[k] if x0[k].requires_grad else student(z[i], label[k])
+                made = x0[k] if x0[k].requires_grad else entries[k].into(student, label[k])
                 # The bare fake and ratio here: gradients pass through them, and their own are not wanted.
                 batch = noised(made, label[k], level, i, run.fake, run.ratio)
+                if pairs is not None:
+                    pair = pairs[i]
+                    batch.pair_x0, batch.pair_y = student(pair.z, pair.label), pair.y
                 piece = objective.generator_loss(batch).mean() / accumulate
                 training.backward(piece, generator_optimizer)
             loss += piece.detach()
         return loss, training.descend(generator_optimizer, clip)
 
     def update(state: training.State) -> dict[str, Tensor]:
-        factor = training.schedule(state.step, steps, hold=hold)
+        factor = rate(training.schedule(state.step, steps, hold=hold))
         training.set_learning_rate(generator_optimizer, learning_rate * factor)
         training.set_learning_rate(critic_optimizer, critic_learning_rate * factor)
-        z = torch.randn(batch_size, *generator.shape, generator=rng, device=device)
+        z = normal()
         label: list[Tensor | None] = [None] * accumulate
         if run.class_weights is not None:
             classes = torch.multinomial(run.class_weights, batch_size, replacement=True, generator=rng)
             label = [classes[i] for i in mine]
+        several = len(generator.levels)
+        before = int(torch.randint(several + 1, (), generator=rng, device=device)) if several else 0
+        noises = [normal() for _ in range(before)]
+        entries = [entrance(generator, z[i], label[k], [e[i] for e in noises]) for k, i in enumerate(mine)]
         with torch.set_grad_enabled(accumulate == 1):  # one piece keeps its graph; of several that would be too much
-            x0 = [student(z[i], label[k]) for k, i in enumerate(mine)]
+            x0 = [entry.into(student, label[k]) for k, entry in enumerate(entries)]
         for _ in range(critic_steps):  # the same samples at fresh noise levels: cheaper than fresh samples
             critic_loss, critic_skipped = critic_step(x0, label)
-        generator_loss, skipped = generator_step(z, x0, label)
+        generator_loss, skipped = generator_step(entries, x0, label)
         training.update_ema(averages, weights, ema_halflife, batch_size, state.step)
-        return {"critic": critic_loss, "generator": generator_loss, "skipped": torch.maximum(skipped, critic_skipped)}
+        latest.update(critic=critic_loss, generator=generator_loss)
+        return latest | {"skipped": torch.maximum(skipped, critic_skipped)}
 
     def look(state: training.State) -> dict[str, float]:
         seen = diagnose(ema, run.teacher, run.fake, sigma_data=run.sigma_data, ratio=run.ratio)
@@ -155,5 +174,7 @@ def train(
         {"generator": generator_optimizer, "critic": critic_optimizer}, rng, config,
     )
     every = [*callbacks, *([look] if inspect else []), *([lambda state: evaluate(ema)] if evaluate else [])]
-    training.fit(state, update, steps, batch_size=batch_size, callbacks=every, **fit_options)
+    if patience is not None:
+        every = [stop_on_plateau(every, patience, monitor, lambda: parallel.mean(latest, device))]
+    run_to_end(state, update, steps, batch_size=batch_size, callbacks=every, **fit_options)
     return Distilled(generator.eval(), ema, state.history, run.teacher, run.fake, run.ratio)

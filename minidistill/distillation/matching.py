@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from minidistill.distillation.batch import Batch, dmd_scale, no_weights, per_sample
+from minidistill.distillation.batch import Batch, Terms, dmd_scale, no_weights, per_sample
 from minidistill.divergences import FDivergence
 from minidistill.score_matching import denoising_loss, edm_weight
 
@@ -25,31 +25,32 @@ def fake_loss(batch: Batch) -> Tensor:
 
 def ratio_loss(batch: Batch) -> Tensor:
     """Logistic regression of noised real (1) against noised student samples (0), (n,): its minimiser is
-    log p_sigma / q_sigma. Both get the same noise and level, which cancels some of the variance."""
+    log p_sigma / q_sigma."""
     assert batch.ratio is not None
-    assert batch.real is not None
-    xt = batch.xt
-    both = torch.cat([batch.real + (xt - batch.x0), xt])
-    label = None if batch.label is None or batch.real_label is None else torch.cat([batch.real_label, batch.label])
-    real, fake = batch.ratio(both, batch.sigma.repeat(2), label).chunk(2)
+    xt, _, sigma, label = batch.real_and_fake()
+    real, fake = batch.ratio(xt, sigma, label).chunk(2)
     return softplus(-real) + softplus(fake)
 
 
 @dataclass(frozen=True)
-class DistributionMatching:
+class DistributionMatching(Terms):
     """Gradient -E[ h(r) (s_p - s_q) dx/dtheta ] of D_f(p_sigma || q_sigma), averaged over noise levels.
 
-    normalise: divide by DMD's per-sample scale and, where h is not constant, normalise twice as f-distill does: r by
-        its mean at each noise level, which is 1 for the exact ratio, and h by its batch mean. Off, the loss's gradient
-        is that of sigma^2 D_f exactly.
-    clip: bound on |log r|, which bounds the weights.
-    levels: how many groups of like noise level, of equal size, r is averaged in.
+    Four stabilisers, each with its switch; with all of them off the loss's gradient is that of sigma^2 D_f exactly:
+
+    normalise: divide by DMD's per-sample scale, and where h is not constant use the next three.
+    clip: bound on |log r|, which bounds the weights; None for none.
+    levels: how many groups of like noise level, of equal size, r is divided by its mean in, which is 1 for the exact
+        ratio; 0 for no division.
+    unit_mean: divide h by its batch mean. Means are over what is computed at once, so over a piece where a batch is
+        accumulated in pieces.
     """
 
     divergence: FDivergence
     normalise: bool = True
-    clip: float = 5.0
+    clip: float | None = 5.0
     levels: int = 10
+    unit_mean: bool = True
 
     @property
     def needs_ratio(self) -> bool:
@@ -61,24 +62,32 @@ class DistributionMatching:
         loss = fake_loss(batch)
         return loss + ratio_loss(batch) if self.needs_ratio else loss
 
-    def generator_loss(self, batch: Batch) -> Tensor:
-        with torch.no_grad():
-            xt = batch.xt
-            teacher_x0, fake_x0 = batch.denoise_both(xt)
-            scale = dmd_scale(batch.x0, teacher_x0) if self.normalise else no_weights(xt)
-            if self.needs_ratio:
-                scale = scale * self._weight(batch, xt).reshape(scale.shape)
-            direction = scale * (teacher_x0 - fake_x0)  # sigma^2 h (s_p - s_q), (n, *shape)
-        return -per_sample(direction * batch.x0)
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        return {"matching": -per_sample(self.pull(batch)[0] * batch.x0)}
+
+    @torch.no_grad()
+    def pull(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Where the samples are moved, sigma^2 h (s_p - s_q) times DMD's scale, (n, *shape); and that scale,
+        (n, 1, ..., 1)."""
+        xt = batch.xt
+        teacher_x0, fake_x0 = batch.denoise_both(xt)
+        scale = dmd_scale(batch.x0, teacher_x0) if self.normalise else no_weights(xt)
+        h = self._weight(batch, xt).reshape(scale.shape) if self.needs_ratio else 1.0
+        return scale * h * (teacher_x0 - fake_x0), scale
 
     def _weight(self, batch: Batch, xt: Tensor) -> Tensor:
         assert batch.ratio is not None
         log_r = batch.ratio(xt, batch.sigma, batch.label)  # (n,)
         if not self.normalise:
             return self.divergence.log_weight(log_r).exp()
-        log_r = log_r.clamp(-self.clip, self.clip)
-        h = self.divergence.log_weight(log_r - level_mean(log_r.exp(), batch.sigma, self.levels).log()).exp()
-        return h / h.mean()
+        h = self.divergence.log_weight(steady_log_ratio(log_r, batch.sigma, self.clip, self.levels)).exp()
+        return h / h.mean() if self.unit_mean else h
+
+
+def steady_log_ratio(log_r: Tensor, sigma: Tensor, clip: float | None, levels: int) -> Tensor:
+    """log r (n,), clipped to +-clip, less the log of r's mean at each of `levels` groups of like noise level."""
+    log_r = log_r if clip is None else log_r.clamp(-clip, clip)
+    return log_r - level_mean(log_r.detach().exp(), sigma, levels).log() if levels else log_r
 
 
 def level_mean(values: Tensor, sigma: Tensor, groups: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a distillation starts from: the student, the fake network, the density ratio and real samples."""
+"""What a distillation starts from: the student, the fake network, the density ratio, real samples and pairs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,33 @@ from torch import Tensor, nn
 
 from minidistill import _validate
 from minidistill.data import random_flip, to_float
+from minidistill.distillation.pairs import Pairs
 from minidistill.networks import MLP, Correction, Denoiser, Discriminator, FeatureDiscriminator, Generator
 
 Real = Callable[[int], "tuple[Tensor, Tensor | None]"]  # n -> (samples, labels)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective asks for, each by an attribute of its own (`needs_ratio`, ..., `critic_steps`)."""
+
+    ratio: bool = False  # a discriminator that learns log p / q, and real samples for it
+    real: bool = False  # real samples alone
+    features: bool = False  # a fake network with `.features(x, sigma, label)`
+    pairs: int = 0  # so many pairs of noise and the teacher's samples
+    uniform: bool = False  # a number in [0, 1) for each sample
+    critic_steps: int = 3  # unless the caller says how many
+
+    @property
+    def data(self) -> bool:
+        """Whether it compares with real samples."""
+        return self.ratio or self.real
+
+    @classmethod
+    def of(cls, objective: object) -> Needs:
+        names = {name: f"needs_{name}" for name in ("ratio", "real", "features", "pairs", "uniform")}
+        asked = {name: getattr(objective, attribute, getattr(cls, name)) for name, attribute in names.items()}
+        return cls(**asked, critic_steps=getattr(objective, "critic_steps", cls.critic_steps))
 
 
 @dataclass
@@ -28,6 +52,7 @@ class Run:
     real: Real | None
     class_weights: Tensor | None
     sigma_data: float
+    pairs: Pairs | None = None
 
 
 def has_weights(teacher: object) -> bool:
@@ -36,12 +61,12 @@ def has_weights(teacher: object) -> bool:
 
 
 def prepare(
-    teacher: Any, generator: Generator | None, *, needs_ratio: bool, shape: tuple[int, ...], sigma_data: float,
+    teacher: Any, generator: Generator | None, *, needs: Needs, shape: tuple[int, ...], sigma_data: float,
     sigma_init: float, data: Tensor | None, labels: Tensor | None, flip: bool, rng: torch.Generator,
 ) -> Run:
     """Copies of the teacher where it has weights, small MLPs where it has none."""
     device, n_classes = rng.device, int(getattr(teacher, "n_classes", 0))
-    real = real_samples(teacher, data, labels, flip, rng) if needs_ratio else None
+    real = real_samples(teacher, data, labels, flip, rng) if needs.data else None
     trained = has_weights(teacher)
     if trained:
         teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
@@ -54,9 +79,12 @@ def prepare(
         fake = copy.deepcopy(teacher)
     else:
         fake = Correction(teacher, MLP(shape, hidden=96, n_classes=n_classes), sigma_data)
-    if real and trained and hasattr(teacher, "features"):
+    if needs.features and not hasattr(fake, "features"):
+        raise TypeError(f"teacher is {type(teacher).__name__}; this objective reads features: wanted one with "
+                        ".features(x, sigma, label), or an exact teacher")
+    if needs.ratio and trained and hasattr(teacher, "features"):
         ratio = FeatureDiscriminator(teacher)
-    elif real:
+    elif needs.ratio:
         ratio = Discriminator(MLP(shape, hidden=64, n_classes=n_classes, out_features=1), sigma_data)
     return Run(
         teacher=teacher,
@@ -73,7 +101,7 @@ def real_samples(teacher: Any, data: Tensor | None, labels: Tensor | None, flip:
     """Draws from the data, else from a teacher that can sample. ValueError if there is neither."""
     if data is None:
         if not hasattr(teacher, "sample"):
-            raise ValueError("data=None: this objective learns a density ratio and the teacher can't sample; "
+            raise ValueError("data=None: this objective compares with real samples and the teacher can't sample; "
                              "wanted data")
         return lambda n: (teacher.sample(n, rng), None)
     images = data.to(rng.device) if data.dtype == torch.uint8 else data.to(rng.device, torch.get_default_dtype())
