@@ -12,6 +12,7 @@ import numpy as np
 import seaborn as sns
 import torch
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from torch import Tensor
@@ -47,7 +48,7 @@ def density(
     if fill:
         ax.contourf(line, line, log_p, levels=[*levels, float(log_p.max())], cmap="Greys", alpha=0.7)
     else:
-        ax.contour(line, line, log_p, levels=levels, colors=[TEACHER], linewidths=0.9, alpha=0.9)
+        ax.contour(line, line, log_p, levels=levels, colors=[TEACHER], linewidths=0.9, alpha=0.9, linestyles="solid")
     return _square(ax, limit)
 
 
@@ -95,16 +96,22 @@ def curves(
         ax.axhline(goal, color="black", linewidth=1, linestyle=":", label=f"{goal:g}")
     if log:
         ax.set_yscale("log")
-        low, high = ax.get_ylim()
-        if high < 300 * low:  # few decades: more labels, in plain numbers
-            ax.yaxis.set_major_formatter("{x:g}")
-            ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-            ax.yaxis.set_minor_formatter("{x:g}")
+        _label_log(ax.yaxis)
     if xlog:
         ax.set_xscale("log")
+        _label_log(ax.xaxis)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend()
     return ax
+
+
+def _label_log(axis: Axis) -> None:
+    """Plain numbers at 1, 2 and 5 on a logarithmic axis of few decades."""
+    low, high = axis.get_view_interval()
+    if high < 300 * low:
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axis.set_minor_formatter("{x:g}")
 
 
 def image_grid(images: Tensor, ax: Axes | None = None, *, columns: int = 10, title: str = "") -> Axes:

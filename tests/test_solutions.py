@@ -45,6 +45,42 @@ WRONG: dict[str, list[Callable[..., Any]]] = {
         lambda x, x0, a, s, da, ds: -solutions.velocity(x, x0, a, s, da, ds),
     ],
     "uniform_time_density": [lambda s: 1 / (1 + s) ** 2, lambda s: s / (1 + s)],
+    "weighted_denoiser": [
+        lambda x, y, w, s: solutions.weighted_denoiser(x, y, 0 * w + 1, s),
+        lambda x, y, w, s: solutions.weighted_denoiser(x, y, w, s**0.5),
+        lambda x, y, w, s: (w - (x[:, None] - y).square().sum(2) / (2 * s[:, None] ** 2)).softmax(1) @ y,
+    ],
+    "aligned_share": [lambda w: 1 / w.mean(), lambda w: (1 / w).mean(), lambda w: (w**2).mean() / w.mean()],
+    "ddim_step": [
+        lambda x, D, s, t, eta, z: D + t * (x - D) / s, lambda x, D, s, t, eta, z: D + t * (x - D) / s + eta * t * z,
+        lambda x, D, s, t, eta, z: D + t * (1 - eta**2) ** 0.5 * (x - D) / s + eta * t * z,
+    ],
+    "gaussian_flow": [
+        lambda x, s, t, m, v, u: solutions.gaussian_flow(x, s, t, 0 * m, v, u),
+        lambda x, s, t, m, v, u: solutions.gaussian_flow(x, s, t, m, v, u.T),
+        lambda x, s, t, m, v, u: m + ((x - m) @ u * (v + t**2) / (v + s**2)) @ u.T,
+        lambda x, s, t, m, v, u: m + (x - m) * t / s,
+    ],
+    "flipped_weight": [
+        lambda h, r: h(1 / r), lambda h, r: r**2 * h(1 / r), lambda h, r: h(r) / r,
+    ],
+    "chi_squared_conjugate": [
+        lambda u: u + u**2 / 4, lambda u: (u + u**2 / 4).clamp(min=0), lambda u: u + u**2 / 2,
+    ],
+    "divergence_weight": [
+        lambda f, r: solutions.divergence_weight(f, r) / r**2, lambda f, r: solutions.divergence_weight(f, 1 / r),
+        lambda f, r: -solutions.divergence_weight(f, r),
+    ],
+    "reverse_kl_gradient": [
+        lambda f, m, s, z: -solutions.reverse_kl_gradient(f, m, s, z),
+        lambda f, m, s, z: solutions.reverse_kl_gradient(f, m, s, z)[[0, 0]],
+        lambda f, m, s, z: solutions.reverse_kl_gradient(f, m, s, z) * s,
+    ],
+    "best_cover": [
+        lambda m, s, w: solutions.best_cover(m, 0 * s, w),
+        lambda m, s, w: solutions.best_cover(m, s, 0 * w + 1 / len(w)),
+        lambda m, s, w: solutions.best_cover(m, s, w) ** 2,
+    ],
     "normalised_ratio": [lambda r, k: r / r.mean(), lambda r, k: solutions.normalised_ratio(r, k).log()],
     "sim_gradient": [
         lambda y, r, p, q: 2 * y, lambda y, r, p, q: 2 * y - 2 * y @ q,

@@ -2,6 +2,8 @@
 
 import math
 
+import torch
+
 
 # 00_quickstart
 def one_call(denoiser, z, sigma):
@@ -64,6 +66,63 @@ def velocity(x, x0, alpha, sigma, d_alpha, d_sigma):
 def uniform_time_density(level):
     """ln level = logit t, so the density is dt / d logit t = t (1 - t) at t = level / (1 + level): the logistic law."""
     return level / (1 + level) ** 2
+
+
+# 05_teachers
+def weighted_denoiser(x, data, weights, sigma):
+    """Bayes' rule: prior times likelihood; log weights before the softmax are factors after it."""
+    distance = (x[:, None] - data).square().sum(2)  # (n, m)
+    return (weights.log() - distance / (2 * sigma[:, None] ** 2)).softmax(1) @ data
+
+
+def aligned_share(scales):
+    """The derivative E[2 w (w rho - 1)] vanishes at rho = E[w] / E[w^2]; one scale alone gives 1 / w."""
+    return scales.mean() / (scales**2).mean()
+
+
+# 06_samplers
+def ddim_step(x, x0, sigma, after, eta, z):
+    """Part of the noise is drawn anew; its variance and that of what stays add up to after^2."""
+    fresh = eta * after * (1 - (after / sigma) ** 2) ** 0.5
+    return x0 + (after**2 - fresh**2) ** 0.5 * (x - x0) / sigma + fresh * z
+
+
+def gaussian_flow(x, sigma, after, mean, variances, axes):
+    """Along a principal axis the flow keeps x - mean in units of the noised standard deviation."""
+    stretch = ((variances + after**2) / (variances + sigma**2)) ** 0.5
+    return mean + ((x - mean) @ axes * stretch) @ axes.T
+
+
+# 07_divergences
+def flipped_weight(weight, r):
+    """f°(u) = u f(1/u) has f°''(u) = f''(1/u) / u^3, so h°(u) = u^2 f°''(u) = u h(1/u)."""
+    return r * weight(1 / r)
+
+
+def chi_squared_conjugate(u):
+    """The parabola's best r is 1 + u / 2, unless that is negative: then r = 0."""
+    r = (1 + u / 2).clamp(min=0)
+    return u * r - (r - 1) ** 2
+
+
+# 08_from_divergence_to_gradient
+def divergence_weight(f, r):
+    """r^2 f''(r), with the first derivative kept differentiable."""
+    r = r.detach().requires_grad_(True)
+    slope = torch.autograd.grad(f(r).sum(), r, create_graph=True)[0]
+    return r.detach() ** 2 * torch.autograd.grad(slope.sum(), r)[0]
+
+
+def reverse_kl_gradient(score_p, mean, std, z):
+    """h = 1, and dx / d(mean, std) = (1, z)."""
+    gap = -z / std - score_p(mean + std * z)
+    return torch.stack([gap.mean(), (gap * z).mean()])
+
+
+def best_cover(means, stds, weights):
+    """The moments of the mixture: variances within the modes plus that of the modes' means."""
+    mean = (weights * means).sum()
+    return torch.stack([mean, (weights * (stds**2 + (means - mean) ** 2)).sum().sqrt()])
 
 
 # 15_digits
