@@ -5,7 +5,7 @@ or the first mismatch, and returns whether `f` is correct. The answers are in `t
 """
 
 from minidistill.check._core import claims
-from minidistill.check.divergences import chi_squared_conjugate, flipped_weight, unbiased_mmd
+from minidistill.check.divergences import chi_squared_conjugate, flipped_weight
 from minidistill.check.gradients import best_cover, divergence_weight, reverse_kl_gradient
 from minidistill.check.samplers import ddim_step, gaussian_flow
 from minidistill.check.scores import (
@@ -30,7 +30,7 @@ __all__ = [
     "class_gradient", "gauge_defect", "velocity", "uniform_time_density",  # 03, 04
     "weighted_denoiser", "aligned_share",  # 05
     "ddim_step", "gaussian_flow",  # 06
-    "flipped_weight", "chi_squared_conjugate", "unbiased_mmd",  # 07
+    "flipped_weight", "chi_squared_conjugate",  # 07
     "divergence_weight", "reverse_kl_gradient", "best_cover",  # 08
     "normalised_ratio", "sim_gradient", "c_out", "ema_decay", "mirror", "noise_through", "sid_loss",  # 15 to 17
 ]

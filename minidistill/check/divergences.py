@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from minidistill.check._core import Case, points, report
+from minidistill.check._core import Case, report
 from minidistill.f_divergences import F
-from minidistill.transport import mmd
 
 
 def flipped_weight(f: Callable[..., Any]) -> bool:
@@ -28,14 +27,3 @@ def chi_squared_conjugate(f: Callable[..., Any]) -> bool:
         u = torch.tensor(values)
         cases.append((title, (u,), (u.double()[:, None] * fine - (fine - 1).square()).amax(1)))
     return report(2, f, cases)
-
-
-def unbiased_mmd(f: Callable[..., Any]) -> bool:
-    """07, exercise 3: f(k_xx, k_yy, k_xy) is the unbiased estimate of MMD^2 from kernel matrices (n, n), (m, m) and
-    (n, m) of samples x and y."""
-    x, y = points(6), points(4, seed=1) + 1
-    cases: list[Case] = []
-    for title, a, b in (("n = m", x, x.flip(1) + 1), ("n > m", x, y), ("equal laws", x[:4], x[2:])):
-        grams = tuple((-torch.cdist(u, v).square() / 2).exp() for u, v in ((a, a), (b, b), (a, b)))
-        cases.append((title, grams, mmd(a, b, "gaussian", 1.0)))
-    return report(3, f, cases)
