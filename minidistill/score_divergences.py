@@ -91,7 +91,8 @@ def kl_from_scores(
     scores add to it, for |s_p - s_q|^2 cannot tell them from a difference.
 
     Args:
-        sample_p: samples (m, *shape), used in turn, or what draws them.
+        sample_p: samples (m, *shape), used in turn, or what draws them. The standard error takes the n draws for
+            independent, which they are not where m < n.
         levels: `n`, `sigma_min`, `sigma_max`, ... of `Levels`.
     """
     at = levels_from(levels)
