@@ -48,7 +48,7 @@ class GaussianTeacher:
         self.shape, self.n_classes = tuple(like.shape[1:]), len(means) - 1
         self.dtype = like.dtype if like.is_floating_point() else torch.float32
         variances, self._axes = torch.linalg.eigh(covs)  # (k, dim), (k, dim, dim), float64; row 0 is all data's
-        if bool((variances < -1e-8 * variances.amax(1, keepdim=True)).any()):
+        if bool((variances < -1e-5 * variances.amax(1, keepdim=True)).any()):
             raise ValueError(f"cov has the eigenvalue {float(variances.min()):g}; wanted none below 0")
         self._means, self._variances = means, variances.clamp(min=0)
 
@@ -89,6 +89,8 @@ class GaussianTeacher:
         self, x: Tensor, label: Tensor | None, gain: Callable[[Tensor, Tensor | slice], Tensor]
     ) -> Tensor:
         """mu + U diag(gain) U'(x - mu), for each sample with its class's mu, U and variances."""
+        if not len(x):
+            return x.clone()
         flat, out = x.flatten(1), []
         for row, rows in _groups(self, label, len(x)):
             mean, variance, axes = (t[row].to(x) for t in (self._means, self._variances, self._axes))
@@ -163,6 +165,8 @@ class EmpiricalTeacher:
     def __call__(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         """E[x0 | x], (n, *shape): x (n, *shape), sigma > 0 a float or (n,), label (n,) or None."""
         level = _levels(self, x, sigma)
+        if not len(x):
+            return x.clone()
         flat, out = x.flatten(1) - self._centre.to(x), []
         for row, group in _groups(self, label, len(x)):
             which = self._rows[row - 1] if row else None

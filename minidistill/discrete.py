@@ -33,7 +33,8 @@ def score_entropy_loss(log_scores: Tensor, ratios: Tensor, weights: Tensor | Non
     if ratios.device.type == "cpu" and not bool((ratios >= 0).all()):
         raise ValueError(f"ratios holds {ratios.min().item():g}; a ratio of probabilities is never negative")
     k = torch.special.xlogy(ratios, ratios) - ratios
-    return _weighted_sum(log_scores.exp() - ratios * log_scores + k, weights)
+    cross = torch.where(ratios == 0, 0.0, ratios * torch.where(ratios == 0, 0.0, log_scores))  # 0 * -inf is 0
+    return _weighted_sum(log_scores.exp() - cross + k, weights)
 
 
 def denoising_score_entropy_loss(
@@ -55,7 +56,7 @@ def generalised_kl_bregman(log_target: Tensor, log_model: Tensor, weights: Tenso
     """sum_y w_y [a_y log(a_y / s_y) - a_y + s_y], (n,): the Bregman divergence of u log u between positive vectors
     a = exp(log_target) and s = exp(log_model), which need not sum to one (after Zhang 2025, TCSM).
 
-    The same number as `score_entropy_loss(log_model, a)`, without loss of digits near a = s; for vectors that sum to
+    The same number as `score_entropy_loss(log_model, a)`, with fewer digits lost near a = s; for vectors that sum to
     one it is KL(a || s). All (n, *neighbours); -inf in log_target is a = 0.
     """
     _ratios(log_target=log_target, log_model=log_model, weights=weights)

@@ -28,7 +28,7 @@ from minidistill.f_divergences import LOG2, F, FDivergence
 
 
 class Samples(Protocol):
-    """Anything that draws: `GaussianMixture`, a generator's `Distilled`, ..."""
+    """Anything that draws: `GaussianMixture`, `GaussianTeacher`, ..."""
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor: ...
 
@@ -146,7 +146,8 @@ def variational(
     """The dual sup_T E_p T - E_q f*(T) with a trained critic, on held-out samples: a lower bound in expectation
     (Nguyen 2010; the divergence of f-GAN and of Fan 2022).
 
-    n: draws of each side where p and q are distributions. held_out: the share kept for the answer.
+    n: draws of each side where p and q are distributions. held_out: the share kept for the answer,
+            the last, so samples must come in random order.
     training: options of `train_critic`.
     """
     train, test = _split(p, q, n, held_out, generator)

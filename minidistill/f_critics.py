@@ -109,7 +109,7 @@ class Critic(nn.Module):
 
 
 def cut(x: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Everything but the last `share` of the samples, and that."""
+    """Everything but the last `share` of the samples, and that; so the samples must come in random order."""
     if not 0 < share < 1:
         raise ValueError(f"held_out or validation is {share!r}; wanted a share between 0 and 1")
     kept = min(max(2, round(len(x) * (1 - share))), len(x) - 2)

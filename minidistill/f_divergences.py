@@ -132,19 +132,28 @@ def gap(log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.where((log_p == -math.inf) & (log_q == -math.inf), 0.0, log_p - log_q)
 
 
+def _not_both_empty(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Both, and where both are -inf: there with 0 in their place, since logaddexp has no gradient at (-inf, -inf)."""
+    empty = (log_p == -math.inf) & (log_q == -math.inf)
+    return torch.where(empty, 0.0, log_p), torch.where(empty, 0.0, log_q), empty
+
+
 def _skew(b: float) -> Callable[[Tensor, Tensor], Tensor]:
     """b KL(p || m) + (1 - b) KL(q || m) with m = b p + (1 - b) q, as a perspective function."""
 
     def perspective(log_p: Tensor, log_q: Tensor) -> Tensor:
+        log_p, log_q, empty = _not_both_empty(log_p, log_q)
         log_m = torch.logaddexp(log_p + math.log(b), log_q + math.log(1 - b))
-        return b * weighted(log_p, log_p - log_m) + (1 - b) * weighted(log_q, log_q - log_m)
+        value = b * weighted(log_p, log_p - log_m) + (1 - b) * weighted(log_q, log_q - log_m)
+        return torch.where(empty, 0.0, value)
 
     return perspective
 
 
 def _softened(log_p: Tensor, log_q: Tensor) -> Tensor:
+    log_p, log_q, empty = _not_both_empty(log_p, log_q)
     log_sum = torch.logaddexp(log_p, log_q)
-    return weighted(log_sum, log_sum - LOG2 - log_p)
+    return torch.where(empty, 0.0, weighted(log_sum, log_sum - LOG2 - log_p))
 
 
 def _where(u: Tensor, inside: Tensor, value: Tensor, outside: float) -> Tensor:

@@ -97,7 +97,8 @@ def aligned_guidance_loss(
     conditional denoiser (D_u exact and fixed): guided at that same scale it gives back D*. It removes guidance.
     """
     x = x0 + level(x0, sigma, "x0", noise=noise) * noise
-    base = call(unconditional, x, sigma, None)
+    with torch.no_grad():
+        base = call(unconditional, x, sigma, None)
     guided = base + column("scale", scale, x) * (call(denoiser, x, sigma, label) - base)
     return per_sample((guided - x0).square(), weight)
 
@@ -142,6 +143,8 @@ def calibrated(
     group = labels if labels is not None else torch.zeros(len(data), dtype=torch.long, device=data.device)
     classes = int(group.max()) + 1
     counts = torch.bincount(group, minlength=classes).double()
+    if not bool((counts > 0).all()):
+        raise ValueError(f"labels: no sample has class {int(counts.argmin())}; wanted some of each, 0 to {classes - 1}")
     moments = torch.zeros(2, len(sigmas), classes, *data.shape[1:], dtype=torch.float64, device=data.device)
     for k, sigma in enumerate(tqdm(sigmas.tolist(), disable=not progress, desc="calibrating")):
         for start in range(0, len(data), batch_size):
@@ -165,6 +168,10 @@ def calibrated(
         after = torch.searchsorted(nodes, place).clamp(1, max(1, len(nodes) - 1))
         after, before = after.clamp(max=len(nodes) - 1), after - 1
         share = ((place - nodes[before]) / (nodes[after] - nodes[before])).nan_to_num(0.0).clamp(0, 1)
+        if labels is not None and label is None:  # the table is of the classes
+            return call(denoiser, x, sigma, None)
+        if labels is not None and label is not None:
+            _validate.labels("label", label, len(x), classes)
         row = torch.zeros_like(before) if labels is None or label is None else label
         correction = torch.lerp(eta[before, row], eta[after, row], column("share", share, eta[before, row]))
         return call(denoiser, x, sigma, label) + s * correction.to(x)

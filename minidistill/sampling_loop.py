@@ -113,7 +113,8 @@ def check_levels(x: Tensor, sigmas: Tensor) -> Tensor:
     """The levels in x's dtype and on its device, (m+1,), checked to descend to 0."""
     _validate.samples("x", x, least=0)
     sigmas = torch.as_tensor(sigmas).to(x)
-    if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas.diff() < 0).all()) or sigmas[-1] != 0:
+    if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas.diff() < 0).all()) or sigmas[-1] != 0 or (
+            not bool(sigmas.isfinite().all())):
         given = sigmas.tolist() if sigmas.numel() < 10 else f"{sigmas[:4].tolist()} and {sigmas.numel() - 4} more"
         raise ValueError(f"sigmas={given}: wanted at least one level > 0, descending, and then 0")
     return sigmas

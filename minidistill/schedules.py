@@ -93,12 +93,18 @@ def optimal_sigmas(
     _validate.whole("fine", fine, least=8)
     grid = log_linear_sigmas(fine, sigma_min, sigma_max, torch.float64)
     levels = grid[:-1].to(x.device)
-    derivative = heun(denoiser, x, grid, label=label, trajectory=True, early_stop=True).flatten(1).double()
+
+    def wide(u: Tensor, *rest: Tensor) -> Tensor:  # rounding would be divided by small steps
+        return denoiser(u.to(x.dtype), rest[0].to(x.dtype), *rest[1:]).double()
+
+    derivative = heun(wide, x.double(), grid, label=label, trajectory=True, early_stop=True).flatten(1)
     for _ in range(order + 1):
         (derivative,) = torch.gradient(derivative, spacing=(levels,), dim=0, edge_order=2)
     rate = derivative.square().mean(1).pow(1 / (2 * order + 2)).cpu()  # e^(1/(order+1))
     log_level = levels.cpu().log()
     clock = torch.cat([rate.new_zeros(1), torch.cumsum(-(rate[1:] + rate[:-1]) / 2 * levels.cpu().diff(), 0)])
+    if clock[-1] == 0:  # the paths are straight: any levels do
+        return log_linear_sigmas(n, sigma_min, sigma_max, dtype)
     # Where the clock strikes k / (n - 1), ln sigma interpolated linearly between the fine levels.
     strikes = _ramp(n) * clock[-1]
     right = torch.searchsorted(clock, strikes).clamp(1, fine - 1)

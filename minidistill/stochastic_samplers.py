@@ -165,7 +165,8 @@ def langevin(
     _validate.positive("sigma", sigma)
     _validate.whole("steps", steps)
     _validate.positive("step_size", step_size)
-    at, size = check_levels(x, torch.tensor([sigma, 0.0]))[0], torch.as_tensor(step_size).to(x)
+    at = check_levels(x, torch.tensor([sigma, 0.0], dtype=torch.float64))[0]
+    size = torch.as_tensor(step_size, dtype=x.dtype, device=x.device)
     report = Report() if report is None else report
 
     def solve(denoise: Denoise, x: Tensor, advance: Advance) -> Tensor:

@@ -7,6 +7,8 @@ all of them have their names here. Wasserstein-1 from a trained critic is `wasse
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from scipy import sparse
@@ -42,7 +44,12 @@ def wasserstein_1d(x: Tensor, y: Tensor, p: float = 2.0) -> Tensor:
 
     Sorted samples are the quantile functions; for n != m the two step functions are compared exactly.
     """
-    _validate.positive("p", p)
+    if not 1 <= p < math.inf:  # below 1 the sorted coupling is not the best
+        raise ValueError(f"p={p!r}: wanted a finite number >= 1")
+    if not x.ndim or not len(x) or not len(y) or x.shape[1:] != y.shape[1:]:
+        raise ValueError(f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}; wanted (n, ...), (m, ...), not empty")
+    _validate.finite("x", x)
+    _validate.finite("y", y)
     x, y = x.sort(0).values, y.sort(0).values
     n, m = len(x), len(y)
     if n == m:

@@ -274,3 +274,16 @@ def test_the_teachers_have_gradients():
 def test_bad_input_is_named(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_no_samples_in_none_out():
+    data = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
+    for teacher in (GaussianTeacher(data), EmpiricalTeacher(data)):
+        assert teacher(torch.zeros(0, 2), 1.0).shape == (0, 2)
+
+
+def test_moments_of_a_singular_fit_go_round():
+    data = torch.randn(5, 20, generator=torch.Generator().manual_seed(0))
+    teacher, x = GaussianTeacher(data), torch.ones(1, 20)
+    again = GaussianTeacher.from_moments(teacher.mean, teacher.cov)
+    torch.testing.assert_close(again(x, 1.0), teacher(x, 1.0))

@@ -233,3 +233,10 @@ X, S = torch.zeros(2, K, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
 def test_bad_input_is_named(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def test_score_entropy_is_zero_at_an_impossible_neighbour():
+    """a = 0 and log s = -inf: 0, as the Bregman form says."""
+    log_scores, ratios = f64([[0, -math.inf]]), f64([[1, 0]])
+    assert float(discrete.score_entropy_loss(log_scores, ratios)) == 0
+    assert float(discrete.generalised_kl_bregman(ratios.log(), log_scores)) == 0

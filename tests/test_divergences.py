@@ -424,3 +424,15 @@ def test_from_function_passes_gradients():
     for column in ("slope", "log_weight", "cost"):
         got, wanted = (torch.autograd.grad(getattr(d, column)(l).sum(), l)[0] for d in (custom, row))
         assert_close(got, wanted, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", F)
+def test_classes_masked_on_both_sides_have_gradient_zero(name):
+    logits_p, logits_q = f64([[1, 2, -math.inf]]), f64([[0, 0.5, -math.inf]]).requires_grad_()
+    masked = F[name].categorical(logits_p, logits_q)
+    free = f64([[0, 0.5]]).requires_grad_()
+    wanted = F[name].categorical(logits_p[:, :2], free)
+    torch.testing.assert_close(masked, wanted)
+    gradients = [torch.autograd.grad(value.sum(), leaf)[0] for value, leaf in ((masked, logits_q), (wanted, free))]
+    torch.testing.assert_close(gradients[0][:, :2], gradients[1])
+    assert gradients[0][0, 2] == 0

@@ -332,3 +332,21 @@ def test_critics_with_a_ratio_learn_both():
                   ratio=lambda x, s, label: x.sum(1))
     for objective in (DMD2(), UniInstruct(dv.F["jensen_shannon"])):
         torch.testing.assert_close(objective.critic_loss(batch), fake_loss(batch) + ratio_loss(batch))
+
+
+@pytest.mark.parametrize(("f", "wanted"), [
+    (lambda r: r * torch.log(r) - r + 1 + (r - 1) ** 2 / (2 * r), True),  # h = r + 1/r, alike at r and 1/r
+    (lambda r: -2 * torch.log(r), False),
+])
+def test_a_ratio_is_needed_where_h_depends_on_it(f, wanted):
+    assert DistributionMatching(dv.from_function(f)).needs_ratio is wanted
+
+
+def test_a_constant_weight_counts_without_normalisation():
+    """h = 2 for f = -2 log r, twice reverse KL's."""
+    x0, sigma, noise = torch.randn(3, 6, 2, generator=torch.Generator().manual_seed(0))
+    target = mixture_2d().to(torch.float32)
+    batch = Batch(x0, sigma[:, 0].abs() + 0.1, noise, target, lambda x, s, label: x / 2)
+    twice = DistributionMatching(dv.from_function(lambda r: -2 * torch.log(r)), normalise=False)
+    once = DistributionMatching(dv.F["reverse_kl"], normalise=False)
+    torch.testing.assert_close(twice.generator_loss(batch), 2 * once.generator_loss(batch))

@@ -410,3 +410,8 @@ X, FIT = torch.zeros(3, 1, dtype=torch.float64), Gaussian(f64([MU]), f64([[STD**
 def test_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_infinite_levels_are_refused():
+    with pytest.raises(ValueError, match="sigmas="):
+        euler(mixture_2d(), torch.zeros(2, 2, dtype=torch.float64), f64([math.inf, 1, 0]))

@@ -132,3 +132,17 @@ def test_bad_arguments_are_named(call, error, message):
 
 def test_schedules_are_importable_from_samplers():
     assert {make.__name__ for make in FORMULAS.values()} <= set(dir(samplers))
+
+
+def test_optimal_levels_of_float32_are_those_of_float64():
+    """Third differences of a path in float32 would be rounding."""
+    target = GaussianMixture(f64([[-1.0], [1.5]]), 0.4)
+    x = 80 * torch.randn(64, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    wide, narrow = (optimal_sigmas(t, u, 10, order=2, fine=512) for t, u in (
+        (target, x), (target.to(torch.float32), x.float())))
+    torch.testing.assert_close(narrow, wide, rtol=0.2, atol=0)
+
+
+def test_optimal_levels_of_straight_paths_are_finite():
+    out = optimal_sigmas(lambda x, sigma: torch.zeros_like(x), torch.zeros(3, 1), 5)
+    torch.testing.assert_close(out, log_linear_sigmas(5))

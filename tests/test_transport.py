@@ -247,3 +247,13 @@ X32 = torch.zeros(4, 2)
 def test_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(("x", "y", "p", "text"), [
+    (torch.tensor([0, math.nan]), torch.tensor([1.0, 2]), 2.0, "x holds a NaN"),
+    (torch.tensor([0.0, 1]), torch.tensor([1.0, 2]), 0.5, "p=0.5"),
+    (torch.zeros(5, 3), torch.zeros(5, 1), 2.0, r"y \(5, 1\)"), (torch.zeros(0), torch.zeros(2), 1.0, "not empty"),
+])
+def test_wasserstein_1d_refuses(x, y, p, text):
+    with pytest.raises(ValueError, match=text):
+        wasserstein_1d(x, y, p)

@@ -55,8 +55,8 @@ class DistributionMatching(Terms):
     @property
     def needs_ratio(self) -> bool:
         """Only reverse KL's weight does not depend on the ratio."""
-        probe = torch.tensor([-1.0, 1.0])
-        return bool(self.divergence.log_weight(probe).diff() != 0)
+        log_h = self.divergence.log_weight(torch.linspace(-3.0, 2.0, 11))
+        return bool((log_h - log_h[0]).abs().max() > 1e-5)
 
     def critic_loss(self, batch: Batch) -> Tensor:
         loss = fake_loss(batch)
@@ -72,8 +72,13 @@ class DistributionMatching(Terms):
         xt = batch.xt
         teacher_x0, fake_x0 = batch.denoise_both(xt)
         scale = dmd_scale(batch.x0, teacher_x0) if self.normalise else no_weights(xt)
-        h = self._weight(batch, xt).reshape(scale.shape) if self.needs_ratio else 1.0
+        h = self._weight(batch, xt).reshape(scale.shape) if self.needs_ratio else self._constant()
         return scale * h * (teacher_x0 - fake_x0), scale
+
+    def _constant(self) -> float:
+        """h where it does not depend on r: 1 for reverse KL, and once divided by its mean."""
+        at_one = float(self.divergence.log_weight(torch.zeros(())).exp())
+        return 1.0 if self.normalise and self.unit_mean else at_one
 
     def _weight(self, batch: Batch, xt: Tensor) -> Tensor:
         assert batch.ratio is not None
