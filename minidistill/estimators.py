@@ -146,8 +146,8 @@ def variational(
     """The dual sup_T E_p T - E_q f*(T) with a trained critic, on held-out samples: a lower bound in expectation
     (Nguyen 2010; the divergence of f-GAN and of Fan 2022).
 
-    n: draws of each side where p and q are distributions. held_out: the share kept for the answer,
-            the last, so samples must come in random order.
+    n: draws of each side where p and q are distributions. held_out: the share kept for the answer, the last one, so
+    samples must come in random order.
     training: options of `train_critic`.
     """
     train, test = _split(p, q, n, held_out, generator)
