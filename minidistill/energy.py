@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from minidistill import _validate, training
 from minidistill.data import to_float
-from minidistill.networks import MLP, check_input
+from minidistill.networks import MLP, Preconditioned, check_input
 from minidistill.score_fields import call, inner, per_sample, value_and_gradient
 from minidistill.score_matching import edm_weight, log_uniform_sigma
 
 
-class EnergyDenoiser(nn.Module):
+class EnergyDenoiser(Preconditioned):
     """E = |x|^2 / (2 (sigma^2 + sigma_data^2)) - (sigma_data / sigma) f(c_in x), and D = x - sigma^2 grad_x E.
 
     This is the one scaling of a scalar for which D has EDM's preconditioning, D = c_skip x + c_out F(c_in x), with
@@ -31,30 +31,22 @@ class EnergyDenoiser(nn.Module):
     Args:
         network: F(x, c_noise, label). With one output, (n, 1), that is f; with outputs shaped like x, f = u'F(u), which
             lets any denoiser's network be an energy (as in Salimans 2021). It should be smooth: SiLU, not ReLU.
+            Where samples are single numbers the two look alike, and `network.out_features == 1` says that it is f.
         sigma_data: the data's standard deviation.
     """
 
-    def __init__(self, network: nn.Module, sigma_data: float) -> None:
-        super().__init__()
-        _validate.positive("sigma_data", sigma_data)
-        self.network, self.sigma_data = network, float(sigma_data)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.network.shape  # type: ignore[return-value]
-
-    @property
-    def n_classes(self) -> int:
-        return self.network.n_classes  # type: ignore[return-value]
-
     def energy(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
-        """E(x, sigma) in nats, (n,): -log p_sigma(x) up to a number that may depend on sigma, not on x."""
+        """E(x, sigma) in nats, (n,): -log p_sigma(x) up to a number that may depend on sigma, not on x. ValueError: x,
+        sigma or label that do not fit, a network whose output is neither of the two."""
         check_input(self, x, label)
         s = _validate.broadcast_sigma(sigma, x, positive=True)
         variance = s.square() + self.sigma_data**2
         u = torch.rsqrt(variance) * x
         out = self.network(u, (s.log() / 4).flatten().expand(len(x)), label)
-        f = out.flatten() if out.shape == (len(x), 1) and self.network.out_features == 1 else inner(u, out)
+        scalar = out.shape == (len(x), 1) and (x.shape[1:] != (1,) or getattr(self.network, "out_features", None) == 1)
+        if not scalar and out.shape != x.shape:
+            raise ValueError(f"network returned shape {tuple(out.shape)}; wanted ({len(x)}, 1) or {tuple(x.shape)}")
+        f = out.flatten() if scalar else inner(u, out)
         return (x.square() / (2 * variance)).flatten(1).sum(1) - self.sigma_data / s.flatten() * f
 
     def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:

@@ -86,7 +86,25 @@ class MLP(nn.Module):
         return out if self.out_features else out.reshape(x.shape)
 
 
-class Denoiser(nn.Module):
+class Preconditioned(nn.Module):
+    """A network F(x, c_noise, label) for noised data of standard deviation sigma_data, whose subclass scales what goes
+    into the network and what comes out, so that both are of unit variance."""
+
+    def __init__(self, network: nn.Module, sigma_data: float) -> None:
+        super().__init__()
+        _validate.positive("sigma_data", sigma_data)
+        self.network, self.sigma_data = network, float(sigma_data)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.network.shape  # type: ignore[return-value]
+
+    @property
+    def n_classes(self) -> int:
+        return self.network.n_classes  # type: ignore[return-value]
+
+
+class Denoiser(Preconditioned):
     """D(x, sigma, label) = c_skip x + c_out F(c_in x, ln(sigma) / 4, label): EDM's preconditioning
     (Karras 2022, table 1), which keeps the network's input, output and target at unit variance.
 
@@ -99,18 +117,8 @@ class Denoiser(nn.Module):
     """
 
     def __init__(self, network: nn.Module, sigma_data: float) -> None:
-        super().__init__()
-        _validate.positive("sigma_data", sigma_data)
-        self.network, self.sigma_data = network, float(sigma_data)
+        super().__init__(network, sigma_data)
         self.autocast: torch.dtype | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.network.shape  # type: ignore[return-value]
-
-    @property
-    def n_classes(self) -> int:
-        return self.network.n_classes  # type: ignore[return-value]
 
     def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         """E[x0 | x] estimated: x (n, *shape), sigma a float or (n,) > 0, label (n,) if class-conditional."""
@@ -195,14 +203,9 @@ class Generator(nn.Module):
         return self.denoiser(x, level, label)
 
 
-class Discriminator(nn.Module):
+class Discriminator(Preconditioned):
     """logit(x, sigma, label), (n,): trained to tell noised data (1) from noised fakes (0), it estimates
     log p_sigma / q_sigma at every noise level."""
-
-    def __init__(self, network: nn.Module, sigma_data: float) -> None:
-        super().__init__()
-        _validate.positive("sigma_data", sigma_data)
-        self.network, self.sigma_data = network, float(sigma_data)
 
     def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         s = _validate.broadcast_sigma(sigma, x, positive=True)

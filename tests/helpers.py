@@ -1,4 +1,4 @@
-"""Quadrature rules, small mixtures and small networks that several test files share."""
+"""Random numbers, quadrature rules, small mixtures, processes and networks that several test files share."""
 
 import math
 
@@ -6,10 +6,39 @@ import torch
 
 from minidistill.distributions import GaussianMixture, ring
 from minidistill.networks import MLP, Denoiser
+from minidistill.processes import PROCESSES, cosine, ddpm, edm, interpolant, sub_vp, ve, vp
+from minidistill.samplers import karras_sigmas
 
 
 def f64(values):
     return torch.tensor(values, dtype=torch.float64)
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=rng(seed), dtype=dtype)
+
+
+def start(n, sigma=80.0, seed=0, d=1):
+    """Where n samples begin that are to be walked down from the level sigma, (n, d)."""
+    return sigma * normal(n, d, seed=seed)
+
+
+def levels(n, low=0.002, high=80.0, **options):
+    return karras_sigmas(n, low, high, dtype=torch.float64, **options)
+
+
+def fitted_slope(counts, errors):
+    """Of log error against log count, by least squares."""
+    x, y = f64(counts).log(), f64(errors).log()
+    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+
+
+def assert_close(a, b, tolerance=1e-10):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def line(low, high, n):
@@ -49,9 +78,23 @@ def small_ring():
     return ring(k=4, radius=1.0, std=0.2)
 
 
-def small_denoiser(seed=0, shape=(2,), n_classes=0, hidden=16):
+#: Every process with its usual constants, and some with others.
+MANY = {
+    **PROCESSES, "edm_80": lambda: edm(80.0), "ve_other": lambda: ve(0.1, 5.0), "vp_other": lambda: vp(1.0, 5.0),
+    "sub_vp_other": lambda: sub_vp(1.0, 5.0), "ddpm_50": lambda: ddpm(50), "cosine_other": lambda: cosine(0.1),
+    "bridge": lambda: interpolant(1.0), "latent_0": lambda: interpolant(0.0), "latent_5": lambda: interpolant(5.0),
+}
+
+
+def times(p, n=25):
+    """Times of a process, (n + 4,), four of them next to the ends."""
+    share = torch.cat([f64([1e-4, 1e-3]), torch.linspace(0.01, 0.99, n, dtype=torch.float64), f64([0.999, 1 - 1e-5])])
+    return p.t_min + (p.t_max - p.t_min) * share
+
+
+def small_denoiser(seed=0, shape=(2,), n_classes=0, hidden=16, depth=1):
     torch.manual_seed(seed)
-    return Denoiser(MLP(shape, hidden=hidden, depth=1, n_classes=n_classes), 0.7)
+    return Denoiser(MLP(shape, hidden=hidden, depth=depth, n_classes=n_classes), 0.7)
 
 
 def states_equal(a, b):

@@ -8,17 +8,9 @@ import torch
 from minidistill.distributions import GaussianMixture, ring
 from minidistill.samplers import Report, euler_maruyama, gotta_go_fast, log_linear_sigmas
 from minidistill.transport import sliced_wasserstein, wasserstein_1d
-from tests.helpers import f64, mixture_1d, mixture_2d
+from tests.helpers import f64, mixture_1d, mixture_2d, rng, start
 
 RANGE = f64([20.0, 0.01, 0.0])
-
-
-def start(n, sigma=20.0, seed=0, d=1):
-    return sigma * torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def rng(seed=1):
-    return torch.Generator().manual_seed(seed)
 
 
 def attempt(denoiser, x, sigma, after, noise):
@@ -37,8 +29,8 @@ def test_two_steps_by_the_formulas():
     high, low, mixture, x = 10.0, 0.1, mixture_2d(), start(6, 10.0, d=2)
     options = {"eps_abs": 30.0, "eps_rel": 1.5, "safety": 0.8, "r": 0.7, "first_step": 0.2}
     report = Report()
-    path = gotta_go_fast(mixture, x, f64([high, 3.0, low, 0.0]), rng(), trajectory=True, report=report, **options)
-    again = rng()
+    path = gotta_go_fast(mixture, x, f64([high, 3.0, low, 0.0]), rng(1), trajectory=True, report=report, **options)
+    again = rng(1)
     noise = [torch.randn(6, 2, generator=again, dtype=torch.float64) for _ in range(2)]
 
     def level(t):
@@ -65,11 +57,11 @@ def test_two_steps_by_the_formulas():
 
 def test_a_rejected_step_leaves_x_and_draws_again():
     mixture, x, report = mixture_2d(), start(50, 10.0, d=2), Report()
-    path = gotta_go_fast(mixture, x, f64([10.0, 0.1, 0.0]), rng(), first_step=1.0, trajectory=True, report=report)
+    path = gotta_go_fast(mixture, x, f64([10.0, 0.1, 0.0]), rng(1), first_step=1.0, trajectory=True, report=report)
     assert report.rejected >= 1
     assert report.calls == 2 * report.attempts + 1
     assert len(path) == len(report.levels) == report.attempts - report.rejected + 2
-    again = rng()
+    again = rng(1)
     for _ in range(2):
         noise = torch.randn(50, 2, generator=again, dtype=torch.float64)
     torch.testing.assert_close(path[1], attempt(mixture, x, 10.0, report.levels[1], noise)[1], rtol=1e-9, atol=1e-9)
@@ -78,7 +70,7 @@ def test_a_rejected_step_leaves_x_and_draws_again():
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_run_goes_down_to_the_end(per_sample):
     report = Report()
-    out = gotta_go_fast(mixture_2d(), start(9, d=2), RANGE, rng(), per_sample=per_sample, report=report)
+    out = gotta_go_fast(mixture_2d(), start(9, 20.0, d=2), RANGE, rng(1), per_sample=per_sample, report=report)
     assert out.shape == (9, 2)
     assert (f64(report.levels).diff() < 0).all()
     assert report.levels[0] == 20.0
@@ -90,14 +82,14 @@ def test_run_goes_down_to_the_end(per_sample):
 def test_early_stop_and_chunks():
     def run(x=None, **options):
         report = Report()
-        x = start(6, d=2) if x is None else x
-        return gotta_go_fast(mixture_2d(), x, RANGE, rng(), report=report, **options), report
+        x = start(6, 20.0, d=2) if x is None else x
+        return gotta_go_fast(mixture_2d(), x, RANGE, rng(1), report=report, **options), report
 
     (full, calls), (stopped, fewer) = run(), run(early_stop=True)
     assert calls.calls == fewer.calls + 1
     torch.testing.assert_close(full, mixture_2d()(stopped, 0.01), rtol=1e-12, atol=1e-12)
     cut, report = run(batch_size=4)  # each chunk has its own step sizes; the first is as it would be alone
-    alone, single = run(start(6, d=2)[:4])
+    alone, single = run(start(6, 20.0, d=2)[:4])
     assert torch.equal(cut[:4], alone)
     assert report.levels == single.levels
     assert report.calls == pytest.approx(2 * report.attempts + 1)
@@ -106,11 +98,11 @@ def test_early_stop_and_chunks():
 def test_smaller_tolerances_cost_more_and_err_less():
     """Coupling does not exist between runs, so the error is that of the variance of a Gaussian, which has been computed
     from 20,000 samples: 1% of standard error."""
-    target, x = GaussianMixture(f64([[0.0]]), 0.5), start(20_000)
+    target, x = GaussianMixture(f64([[0.0]]), 0.5), start(20_000, 20.0)
     calls, errors = [], []
     for eps in (2.0, 0.05):
         report = Report()
-        y = gotta_go_fast(target, x, RANGE, rng(), eps_abs=eps, eps_rel=eps, report=report)
+        y = gotta_go_fast(target, x, RANGE, rng(1), eps_abs=eps, eps_rel=eps, report=report)
         calls.append(report.calls)
         errors.append(abs(float(y.var()) / 0.25 - 1))
     assert calls[0] < calls[1] / 2
@@ -129,12 +121,12 @@ def test_one_step_size_reaches_the_floor(target):
 
     def distance(x, y):
         return float(wasserstein_1d(x, y)) if x.shape[1] == 1 else \
-            float(sliced_wasserstein(x, y, 32, torch.Generator().manual_seed(7)))
+            float(sliced_wasserstein(x, y, 32, rng(7)))
 
     n, d = 4000, target.means.shape[1]
     found, report = [], Report()
     for i in range(6):
-        y = gotta_go_fast(target, start(n, seed=i, d=d), RANGE, rng(i), report=report)
+        y = gotta_go_fast(target, start(n, 20.0, i, d), RANGE, rng(i), report=report)
         found.append(distance(y, target.sample(n, rng(40 + i))))
         assert report.rejected < 0.1 * report.attempts
         assert 60 < report.calls < 140
@@ -151,7 +143,7 @@ def test_one_step_size_per_sample_is_biased_in_low_dimension():
         quantiles = 0.5 + 0.8 * torch.special.ndtri(u)
         for per_sample in (False, True):
             report = Report()
-            y = gotta_go_fast(target, start(n, d=d), RANGE, rng(), per_sample=per_sample, report=report)
+            y = gotta_go_fast(target, start(n, 20.0, d=d), RANGE, rng(1), per_sample=per_sample, report=report)
             biases[d, per_sample] = float((y.flatten().sort().values - quantiles).square().mean().sqrt())
             rejected[d, per_sample] = report.rejected / report.attempts
     assert biases[1, True] > 8 * biases[1, False]
@@ -167,14 +159,14 @@ def test_euler_maruyama_needs_as_many_calls():
 
     def mean_distance(levels):
         sigmas = log_linear_sigmas(levels, 0.01, 20.0, dtype=torch.float64)
-        return sum(float(wasserstein_1d(euler_maruyama(target, start(n, seed=i), sigmas, rng(i)),
+        return sum(float(wasserstein_1d(euler_maruyama(target, start(n, 20.0, i), sigmas, rng(i)),
                                         target.sample(n, rng(40 + i)))) for i in range(6)) / 6
 
     lowest = floor(target, n, lambda x, y: float(wasserstein_1d(x, y)))
     assert mean_distance(20) > 1.5 * lowest > mean_distance(100)
 
 
-X = start(3)
+X = start(3, 20.0)
 
 
 @pytest.mark.parametrize(("options", "error", "message"), [
@@ -187,9 +179,9 @@ X = start(3)
 ])
 def test_bad_arguments_are_named(options, error, message):
     with pytest.raises(error, match=message):
-        gotta_go_fast(mixture_1d(), X, RANGE, rng(), **options)
+        gotta_go_fast(mixture_1d(), X, RANGE, rng(1), **options)
 
 
 def test_a_denoiser_that_breaks_is_noticed():
     with pytest.raises(FloatingPointError, match="not finite"):
-        gotta_go_fast(lambda x, sigma: x / 0, X, RANGE, rng())
+        gotta_go_fast(lambda x, sigma: x / 0, X, RANGE, rng(1))

@@ -14,14 +14,10 @@ from torch.autograd.functional import jacobian
 
 from minidistill import categorical as cat
 from minidistill.divergences import F, FDivergence, alpha_divergence
-from tests.helpers import f64
+from tests.helpers import f64, normal, rng
 
 ROWS = {**F, "alpha0.3": alpha_divergence(0.3), "alpha2": alpha_divergence(2.0)}
 each_row = pytest.mark.parametrize("name", ROWS)
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def assert_close(a, b, rtol=1e-9, atol=1e-11):
@@ -35,7 +31,7 @@ def gradient(loss, x):
 # ------------------------------------------------- soft labels
 
 def test_kl_directions_are_named_from_the_teacher():
-    s, t = randn(2, 6, 5)
+    s, t = normal(2, 6, 5)
     p, q = t.softmax(1), s.softmax(1)
     assert_close(cat.logit_distillation(s, t, "forward_kl"), (p * (p / q).log()).sum(1))
     assert_close(cat.logit_distillation(s, t, "reverse_kl"), (q * (q / p).log()).sum(1))
@@ -46,7 +42,7 @@ def test_kl_directions_are_named_from_the_teacher():
 @each_row
 def test_flip_between_conventions(name):
     """D_f(teacher || student) = D_f°(student || teacher), and D_f != D_f° for the rows that are not symmetric."""
-    s, t = randn(2, 6, 5)
+    s, t = normal(2, 6, 5)
     value = cat.logit_distillation(s, t, ROWS[name])
     assert_close(cat.logit_distillation(t, s, ROWS[name].flipped()), value)
     symmetric = name in {"jensen_shannon", "squared_hellinger", "jeffreys", "le_cam"}
@@ -56,7 +52,7 @@ def test_flip_between_conventions(name):
 @each_row
 def test_gradient_in_the_students_logits(name):
     """dD_f/dlogit_k = q_k (g_k - E_q g), g = f°'(1/r), written without the library's f°: g = f(r) - r f'(r)."""
-    t, s = randn(5, 7, seed=1), randn(5, 7, seed=2).requires_grad_()
+    t, s = normal(5, 7, seed=1), normal(5, 7, seed=2).requires_grad_()
     q, r = s.softmax(1).detach(), (t.softmax(1) / s.softmax(1)).detach()
     g = ROWS[name].f(r) - r * ROWS[name].df(r)
     got = gradient(cat.logit_distillation(s, t, ROWS[name]).sum(), s)
@@ -66,7 +62,7 @@ def test_gradient_in_the_students_logits(name):
 @each_row
 def test_high_temperature_matches_logits(name):
     """T^2 D_f -> f''(1) / (2k) |centred difference of logits|^2, hence the factor (Hinton 2015)."""
-    s, t = randn(2, 4, 6)
+    s, t = normal(2, 4, 6)
     d = (t - s) - (t - s).mean(1, keepdim=True)
     wanted = float(ROWS[name].d2f(f64(1.0))) / 2 * d.square().mean(1)
     got = cat.logit_distillation(s, t, ROWS[name], temperature=1e4)
@@ -97,7 +93,7 @@ def test_extreme_logits_stay_finite_in_float32(name):
 
 
 def test_logitwise_is_a_sum_of_bernoulli_divergences():
-    s, t = randn(2, 6, 5)
+    s, t = normal(2, 6, 5)
     p, q = t.sigmoid(), s.sigmoid()
     wanted = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(1)
     assert_close(cat.logitwise_distillation(s, t), wanted)
@@ -141,7 +137,7 @@ MASS = np.full(12, 1 / 12)
 
 
 def soft_labels(n=12, k=4, seed=0):
-    return 2 * randn(n, k, seed=seed), 2 * randn(n, k, seed=seed + 1)
+    return 2 * normal(n, k, seed=seed), 2 * normal(n, k, seed=seed + 1)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -222,7 +218,7 @@ def test_sinkhorn_sees_batches_as_sets():
 def clouds():
     """A student's soft labels around (0.1, 0.8, 0.1), a teacher's around (0.8, 0.1, 0.1): disjoint in the simplex."""
     centre_s, centre_t = f64([0.1, 0.8, 0.1]).log(), f64([0.8, 0.1, 0.1]).log()
-    return centre_s + 0.1 * randn(20, 3), centre_t + 0.1 * randn(20, 3, seed=1)
+    return centre_s + 0.1 * normal(20, 3), centre_t + 0.1 * normal(20, 3, seed=1)
 
 
 def test_disjoint_clouds_are_pulled_by_sinkhorn_and_not_by_jensen_shannon():
@@ -259,7 +255,7 @@ def test_one_hot_against_another_one_hot_stalls_both():
 @each_row
 def test_f_dpg_is_the_gradient_enumerated(name):
     """sum_x pi(x) grad surrogate(x) over 10 symbols is autograd's gradient of D_f(p || pi), with any baseline and Z."""
-    theta, target = randn(10, seed=3).requires_grad_(), randn(10, seed=4)
+    theta, target = normal(10, seed=3).requires_grad_(), normal(10, seed=4)
     log_pi, log_p = theta.log_softmax(0), target.log_softmax(0)
     wanted = gradient(ROWS[name].categorical(target, theta), theta)
     weight = log_pi.exp().detach()
@@ -276,10 +272,10 @@ def test_f_dpg_is_the_gradient_enumerated(name):
 def test_f_dpg_by_monte_carlo(name, baseline):
     """2,000 batches of 50 samples: the mean within 4 standard errors of the enumerated gradient in every coordinate
     (10 coordinates at 4 s.e.: odds of a false alarm 6e-4, and the seed is fixed)."""
-    theta, target = randn(10, seed=3), randn(10, seed=4)
+    theta, target = normal(10, seed=3), normal(10, seed=4)
     wanted = jacobian(lambda x: F[name].categorical(target, x), theta)
     pi, log_p = theta.softmax(0), target.log_softmax(0)
-    x = torch.multinomial(pi, 100_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    x = torch.multinomial(pi, 100_000, replacement=True, generator=rng())
     estimates = []
     for batch in x.reshape(2000, 50):
         log_pi = theta.log_softmax(0)[batch].requires_grad_()
@@ -292,7 +288,7 @@ def test_f_dpg_by_monte_carlo(name, baseline):
 
 
 def test_leave_one_out_leaves_out_its_own_sample():
-    log_pi, log_p = randn(4, seed=1), randn(4, seed=2)
+    log_pi, log_p = normal(4, seed=1), normal(4, seed=2)
     u = (log_pi - log_p).exp()
     c = u.log() + 1  # f°' of KL(pi || p)
     wanted = torch.stack([(c[i] - (c.sum() - c[i]) / 3) * log_pi[i] for i in range(4)])
@@ -305,8 +301,8 @@ def test_leave_one_out_leaves_out_its_own_sample():
 
 def test_log_partition_is_importance_sampling():
     """100,000 samples: Z within 4 standard errors; with p = c pi every sample gives it exactly."""
-    theta, log_p = randn(10, seed=3), randn(10, seed=4) + 1.7
-    x = torch.multinomial(theta.softmax(0), 100_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    theta, log_p = normal(10, seed=3), normal(10, seed=4) + 1.7
+    x = torch.multinomial(theta.softmax(0), 100_000, replacement=True, generator=rng())
     log_pi = theta.log_softmax(0)
     ratio = (log_p - log_pi)[x].exp()
     z = float(log_p.exp().sum())
@@ -335,7 +331,7 @@ each_link = pytest.mark.parametrize("name", PAPER)
 def test_f_dpo_has_the_papers_links(name):
     """Link functions enter as differences, so a constant is free; the loss is -log sigmoid of beta times that."""
     link, row, factor = PAPER[name]
-    log_ref_w, log_ref_l = randn(31, seed=1), randn(31, seed=2)
+    log_ref_w, log_ref_l = normal(31, seed=1), normal(31, seed=2)
     v = U.flip(0) ** 0.7 * 1.3
     got = cat.f_dpo_loss(U.log() + log_ref_w, v.log() + log_ref_l, log_ref_w, log_ref_l, row, beta=0.02)
     wanted = torch.log1p(torch.exp(-0.02 / factor * (link(U) - link(v))))
@@ -422,7 +418,7 @@ def test_f_dpo_stays_finite_in_float32(name):
 @settings(max_examples=30, deadline=None)
 @given(shift=st.floats(-100, 100))
 def test_margin_mse_ignores_an_offset(shift):
-    sp, sn, tp, tn = randn(4, 6)
+    sp, sn, tp, tn = normal(4, 6)
     wanted = ((sp - sn) - (tp - tn)).square()
     assert_close(cat.margin_mse(sp, sn, tp, tn), wanted)
     assert_close(cat.margin_mse(sp, sn, tp + shift, tn + shift), wanted, rtol=1e-8, atol=1e-9)
@@ -440,7 +436,7 @@ def test_gradient_cosine():
 def test_token_kls_add_up_to_the_sequences():
     """Chain rule on a 3-step Markov chain of 4 symbols: KL of the joint = sum over steps of E_p KL of the next token
     (what token-level DPO regularises, Zeng 2024)."""
-    first, step = randn(2, 4, seed=5), randn(2, 3, 4, 4, seed=6)  # [teacher, student]
+    first, step = normal(2, 4, seed=5), normal(2, 3, 4, 4, seed=6)  # [teacher, student]
     joint = [
         f.log_softmax(0)[:, None, None, None] + s[0].log_softmax(1)[:, :, None, None]
         + s[1].log_softmax(1)[None, :, :, None] + s[2].log_softmax(1)[None, None]
@@ -474,19 +470,19 @@ def test_chi_squared_punishes_leaving_the_data_harder_than_kl():
 
 
 @pytest.mark.parametrize(("call", "error", "match"), [
-    (lambda: cat.logit_distillation(randn(3), randn(3)), ValueError, "logits_student"),
-    (lambda: cat.logit_distillation(randn(3, 4), randn(3, 5)), ValueError, "logits_teacher"),
-    (lambda: cat.logit_distillation(torch.ones(3, 4, dtype=torch.int64), randn(3, 4)), TypeError, "logits_student"),
-    (lambda: cat.logit_distillation(randn(3, 4), randn(3, 4) * math.nan), ValueError, "logits_teacher"),
-    (lambda: cat.logit_distillation(randn(3, 4), randn(3, 4), "forwards_kl"), ValueError, "forward_kl"),
-    (lambda: cat.logit_distillation(randn(3, 4), randn(3, 4), temperature=0.0), ValueError, "temperature"),
-    (lambda: cat.balanced_kl(randn(3, 4), randn(3, 4), temperature=-1.0), ValueError, "temperature"),
-    (lambda: cat.sinkhorn_distillation(randn(3, 4), randn(3, 4), epsilon=0.0), ValueError, "epsilon"),
-    (lambda: cat.sinkhorn_distillation(randn(3, 4), randn(3, 4), iterations=0), ValueError, "iterations"),
-    (lambda: cat.f_dpg_surrogate(randn(3), randn(4)), ValueError, "log_p"),
-    (lambda: cat.f_dpo_loss(randn(3), randn(3), randn(3), randn(3, 1)), ValueError, "log_ref_l"),
-    (lambda: cat.f_dpo_loss(randn(3), randn(3), randn(3), randn(3), beta=0.0), ValueError, "beta"),
-    (lambda: cat.margin_mse(randn(3), randn(3), randn(3), randn(2)), ValueError, "teacher_neg"),
+    (lambda: cat.logit_distillation(normal(3), normal(3)), ValueError, "logits_student"),
+    (lambda: cat.logit_distillation(normal(3, 4), normal(3, 5)), ValueError, "logits_teacher"),
+    (lambda: cat.logit_distillation(torch.ones(3, 4, dtype=torch.int64), normal(3, 4)), TypeError, "logits_student"),
+    (lambda: cat.logit_distillation(normal(3, 4), normal(3, 4) * math.nan), ValueError, "logits_teacher"),
+    (lambda: cat.logit_distillation(normal(3, 4), normal(3, 4), "forwards_kl"), ValueError, "forward_kl"),
+    (lambda: cat.logit_distillation(normal(3, 4), normal(3, 4), temperature=0.0), ValueError, "temperature"),
+    (lambda: cat.balanced_kl(normal(3, 4), normal(3, 4), temperature=-1.0), ValueError, "temperature"),
+    (lambda: cat.sinkhorn_distillation(normal(3, 4), normal(3, 4), epsilon=0.0), ValueError, "epsilon"),
+    (lambda: cat.sinkhorn_distillation(normal(3, 4), normal(3, 4), iterations=0), ValueError, "iterations"),
+    (lambda: cat.f_dpg_surrogate(normal(3), normal(4)), ValueError, "log_p"),
+    (lambda: cat.f_dpo_loss(normal(3), normal(3), normal(3), normal(3, 1)), ValueError, "log_ref_l"),
+    (lambda: cat.f_dpo_loss(normal(3), normal(3), normal(3), normal(3), beta=0.0), ValueError, "beta"),
+    (lambda: cat.margin_mse(normal(3), normal(3), normal(3), normal(2)), ValueError, "teacher_neg"),
 ])
 def test_bad_input_is_named(call, error, match):
     with pytest.raises(error, match=match):

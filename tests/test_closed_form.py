@@ -13,15 +13,7 @@ from minidistill import samplers
 from minidistill.data import to_float
 from minidistill.distributions import GaussianMixture
 from minidistill.teachers import EmpiricalTeacher, GaussianTeacher
-from tests.helpers import f64
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=rng(seed), dtype=dtype)
+from tests.helpers import f64, normal, rng
 
 
 def cloud(n=60, dim=3, seed=0):
@@ -277,13 +269,13 @@ def test_bad_input_is_named(make, error, message):
 
 
 def test_no_samples_in_none_out():
-    data = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
+    data = torch.randn(20, 2, generator=rng())
     for teacher in (GaussianTeacher(data), EmpiricalTeacher(data)):
         assert teacher(torch.zeros(0, 2), 1.0).shape == (0, 2)
 
 
 def test_moments_of_a_singular_fit_go_round():
-    data = torch.randn(5, 20, generator=torch.Generator().manual_seed(0))
+    data = torch.randn(5, 20, generator=rng())
     teacher, x = GaussianTeacher(data), torch.ones(1, 20)
     again = GaussianTeacher.from_moments(teacher.mean, teacher.cov)
     torch.testing.assert_close(again(x, 1.0), teacher(x, 1.0))

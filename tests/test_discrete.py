@@ -9,14 +9,10 @@ from hypothesis import strategies as st
 from torch.autograd.functional import hessian
 
 from minidistill import discrete
-from tests.helpers import f64
+from tests.helpers import f64, normal
 
 K = 5
 STATES = torch.arange(K)
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def assert_close(a, b, rtol=1e-9, atol=1e-11):
@@ -25,9 +21,9 @@ def assert_close(a, b, rtol=1e-9, atol=1e-11):
 
 def chain(t=0.4):
     """p0 (5,), the transition P[x0, x] = p_t(x | x0) of a jump process with unequal rates, and those rates."""
-    rates = randn(K, K, seed=1).exp().fill_diagonal_(0.0)
+    rates = normal(K, K, seed=1).exp().fill_diagonal_(0.0)
     generator = rates - torch.diag(rates.sum(1))
-    return randn(K).softmax(0), torch.linalg.matrix_exp(t * generator), rates
+    return normal(K).softmax(0), torch.linalg.matrix_exp(t * generator), rates
 
 
 def explicit(log_scores):
@@ -59,16 +55,16 @@ def off_diagonal(x):
 
 
 def test_concrete_log_score_is_a_log_ratio():
-    p = randn(K).softmax(0)
+    p = normal(K).softmax(0)
     got = discrete.concrete_log_score(p.log().expand(K, K), STATES)
     assert_close(got.exp(), p[None, :] / p[:, None])
     assert_close(discrete.concrete_log_score(p.log().expand(K, K) + 3.0, STATES), got)
-    sequence = discrete.concrete_log_score(randn(2, 3, K), torch.tensor([[0, 1, 2], [4, 3, 2]]))
-    assert_close(sequence[1, 0], randn(2, 3, K)[1, 0] - randn(2, 3, K)[1, 0, 4])
+    sequence = discrete.concrete_log_score(normal(2, 3, K), torch.tensor([[0, 1, 2], [4, 3, 2]]))
+    assert_close(sequence[1, 0], normal(2, 3, K)[1, 0] - normal(2, 3, K)[1, 0, 4])
 
 
 def test_score_entropy_as_the_paper_writes_it():
-    s, a, w = (randn(3, 4, seed=i).exp() for i in range(3))
+    s, a, w = (normal(3, 4, seed=i).exp() for i in range(3))
     wanted = [
         sum(float(w[i, j] * (s[i, j] - a[i, j] * math.log(s[i, j]) + a[i, j] * (math.log(a[i, j]) - 1)))
             for j in range(4)) for i in range(3)
@@ -104,7 +100,7 @@ def test_denoising_differs_by_a_constant():
     constant = constant - (p[:, None] * rates * k(p[None, :] / p[:, None])).sum()
     assert float(constant) > 0.1
     for seed in range(4):
-        model = randn(K, K, seed=seed)
+        model = normal(K, K, seed=seed)
         model = model - torch.diag(model.diagonal())  # a concrete score is 0 at y = x
         assert_close(denoising(model) - explicit(model), constant)
 
@@ -147,9 +143,9 @@ def test_absorbing_corruption():
 
 
 def test_sequences_sum_over_positions():
-    log_scores, log_transition = randn(2, 3, K), randn(2, 3, K, seed=1).log_softmax(-1)
+    log_scores, log_transition = normal(2, 3, K), normal(2, 3, K, seed=1).log_softmax(-1)
     state = torch.tensor([[0, 1, 2], [4, 3, 2]])
-    w = randn(2, 3, K, seed=2).exp()
+    w = normal(2, 3, K, seed=2).exp()
     got = discrete.denoising_score_entropy_loss(log_scores, log_transition, state, w)
     each = [discrete.denoising_score_entropy_loss(log_scores[:, i], log_transition[:, i], state[:, i], w[:, i])
             for i in range(3)]
@@ -172,14 +168,14 @@ def test_bregman_is_never_negative(log_a, log_s):
 
 def test_bregman_is_u_log_us():
     """phi(a) - phi(s) - phi'(s) (a - s), phi = u log u, by autograd; between probabilities it is KL."""
-    a, s = randn(4, 6, seed=1).exp(), randn(4, 6, seed=2).exp().requires_grad_()
+    a, s = normal(4, 6, seed=1).exp(), normal(4, 6, seed=2).exp().requires_grad_()
     slope = torch.autograd.grad((s * s.log()).sum(), s)[0]
     s = s.detach()
     wanted = (a * a.log() - s * s.log() - slope * (a - s)).sum(1)
     assert_close(discrete.generalised_kl_bregman(a.log(), s.log()), wanted)
     p, q = (x.log().log_softmax(1) for x in (a, s))
     assert_close(discrete.generalised_kl_bregman(p, q), (p.exp() * (p - q)).sum(1))
-    w = randn(4, 6, seed=3).exp()
+    w = normal(4, 6, seed=3).exp()
     terms = torch.stack([discrete.generalised_kl_bregman(a.log()[:, [j]], s.log()[:, [j]]) for j in range(6)], 1)
     assert_close(discrete.generalised_kl_bregman(a.log(), s.log(), w), (w * terms).sum(1))
 

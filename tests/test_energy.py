@@ -8,11 +8,7 @@ from minidistill.distributions import GaussianMixture, ring
 from minidistill.networks import MLP, Denoiser
 from minidistill.score_matching import asymmetry
 from minidistill.teachers import EnergyDenoiser, distil_energy
-from tests.helpers import f64, states_equal
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.helpers import f64, normal, rng, states_equal
 
 
 def network(kind, shape=(3,), n_classes=0):
@@ -73,12 +69,44 @@ def test_a_class_conditional_energy_of_images():
         model(x, 0.5)
 
 
+class Bare(nn.Module):
+    """A network without `out_features`."""
+
+    n_classes = 0
+
+    def __init__(self, shape, function):
+        super().__init__()
+        self.shape, self.function = shape, function
+
+    def forward(self, u, c_noise, label=None):
+        return self.function(u)
+
+
+def test_a_network_need_not_say_how_many_outputs_it_has():
+    """One output is f, outputs like x are F of f = u'F(u); for single numbers `out_features` tells them apart."""
+    scalar, vector = Bare((3,), lambda u: u.cos().sum(1, keepdim=True)), Bare((3,), torch.sin)
+    for model, f in ((scalar, lambda u: u.cos().sum(1)), (vector, lambda u: (u * u.sin()).sum(1))):
+        variance = SIGMA**2 + 0.7**2
+        wanted = X.square().sum(1) / (2 * variance) - 0.7 / SIGMA * f(X / variance.sqrt()[:, None])
+        torch.testing.assert_close(EnergyDenoiser(model, 0.7).energy(X, SIGMA), wanted)
+    one = Bare((1,), torch.cos)
+    u = X[:, :1] / (SIGMA**2 + 0.7**2).sqrt()[:, None]
+    quadratic = (u.square() / 2)[:, 0]
+    product = EnergyDenoiser(one, 0.7).energy(X[:, :1], SIGMA)
+    torch.testing.assert_close(product, quadratic - 0.7 / SIGMA * (u * u.cos())[:, 0])
+    one.out_features = 1
+    scalar = EnergyDenoiser(one, 0.7).energy(X[:, :1], SIGMA)
+    torch.testing.assert_close(scalar, quadratic - 0.7 / SIGMA * u.cos()[:, 0])
+    with pytest.raises(ValueError, match=r"network returned shape \(7, 2\); wanted \(7, 1\) or \(7, 3\)"):
+        EnergyDenoiser(Bare((3,), lambda u: u[:, :2]), 0.7).energy(X, SIGMA)
+
+
 def test_a_distilled_energy_knows_the_log_density():
     """Mode centres of an uneven ring: differences of energy against the exact ones, mean absolute error below 0.1
     nats at moderate noise (0.01 to 0.03 here; the differences' own mean is 0.3 to 0.7). Lower noise is harder: between
     the modes there is no data, and a difference of energies is an integral across."""
     target = ring(weights=[1.0, 2, 3, 4, 5, 6, 7, 8])
-    data = target.sample(10_000, torch.Generator().manual_seed(0))
+    data = target.sample(10_000, rng())
     model = distil_energy(target, data, MLP((2,), hidden=64, depth=2, out_features=1), steps=600, batch_size=256,
                           sigma_min=0.1, sigma_max=10, learning_rate=4e-3, ema_halflife=10_000, progress=False)
     for sigma in (0.4, 0.7, 1.5):
@@ -87,13 +115,13 @@ def test_a_distilled_energy_knows_the_log_density():
         error = (exact[:, None] - exact) - (energy - energy[:, None])
         assert float(error.abs().mean()) < 0.1, sigma
         assert float((exact[:, None] - exact).abs().mean()) > 0.25
-        x = target.noised(sigma).sample(1000, torch.Generator().manual_seed(1))
+        x = target.noised(sigma).sample(1000, rng(1))
         gap, size = (model(x, sigma) - target(x, sigma)).square().mean(), (x - target(x, sigma)).square().mean()
         assert float(gap) < 0.02 * float(size), sigma
 
 
 def test_distillation_is_reproducible_and_takes_labels_and_bytes():
-    images = torch.randint(256, (30, 1, 2, 2), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = torch.randint(256, (30, 1, 2, 2), generator=rng(), dtype=torch.uint8)
     labels = torch.arange(30) % 2
     teacher = lambda x, s, y: x / (1 + s.reshape(-1, 1, 1, 1)) + y.reshape(-1, 1, 1, 1)  # noqa: E731
     one, two = (distil_energy(teacher, images, labels=labels, steps=2, batch_size=8, progress=False) for _ in range(2))

@@ -14,7 +14,7 @@ from minidistill import estimators as es
 from minidistill.distributions import GaussianMixture
 from minidistill.divergences import F, alpha_divergence, from_function, skew_jensen_shannon, total_variation
 from minidistill.f_critics import Critic, dual_values, learn_log_ratio, train_critic
-from tests.helpers import f64, line, mixture_1d, mixture_2d
+from tests.helpers import f64, line, mixture_1d, mixture_2d, rng
 
 ROWS = {
     **F, "alpha0.3": alpha_divergence(0.3), "skew0.2": skew_jensen_shannon(0.2), "flipped": F["pearson"].flipped(),
@@ -23,10 +23,6 @@ ROWS = {
 SMOOTH_AND_NOT = {**ROWS, "total_variation": total_variation}
 P, Q = GaussianMixture(f64([[0.8]]), 1.0), GaussianMixture(f64([[0.0]]), 1.2)
 NODES, CELL = line(-14, 14, 4001)
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def gaussian(mean, cov):

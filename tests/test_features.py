@@ -17,15 +17,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance, _compute_fid
 from minidistill import checkpoints, classifier, data, features, metrics
 from minidistill.classifier import ConvClassifier, augment, train_cifar10_classifier
 from minidistill.metrics import frechet_distance, precision_recall
-from tests.helpers import states_equal
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=rng(seed), dtype=torch.float64)
+from tests.helpers import normal, rng, states_equal
 
 
 def pictures(n, seed=0, shape=(3, 32, 32)):

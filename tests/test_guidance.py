@@ -15,18 +15,10 @@ from minidistill.teachers import (
     classifier_guided,
     train_denoiser,
 )
-from tests.helpers import f64, line, mixture_1d, mixture_2d, small_denoiser
+from tests.helpers import f64, line, mixture_1d, mixture_2d, normal, rng, small_denoiser
 
 MIXTURE = mixture_2d()
 LABEL = torch.tensor([0, 1, 2] * 20)
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=rng(seed), dtype=torch.float64)
 
 
 X, SIGMA = 1.5 * normal(60, 2), torch.linspace(0.1, 3, 60, dtype=torch.float64)

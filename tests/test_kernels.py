@@ -24,11 +24,7 @@ from minidistill.transport import (
     rational_quadratic,
     truncated_kernel_stein_discrepancy,
 )
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
+from tests.helpers import normal, rng
 
 X, Y, H = normal(13, 3), 0.7 * normal(9, 3, seed=1) + 0.4, 1.3
 SKLEARN = {
@@ -254,7 +250,7 @@ def test_only_the_truncated_one_vanishes_on_a_truncated_density():
 def test_stein_discrepancy_of_exact_samples_and_its_blind_spot():
     """V-statistics: 2,000 exact samples are near 0 (their mean is E u(x, x) / n), a shift is not, wrong weights are."""
     law = GaussianMixture(torch.tensor([[-6.0], [6.0]], dtype=torch.float64), 1.0)
-    x = law.sample(2000, torch.Generator().manual_seed(0))
+    x = law.sample(2000, rng())
     exact = float(kernel_stein_discrepancy(x, law.score, bandwidth=1.0, estimator="v"))
     moved = float(kernel_stein_discrepancy(x + 0.3, law.score, bandwidth=1.0, estimator="v"))
     one_mode = float(kernel_stein_discrepancy(x[x[:, 0] > 0], law.score, bandwidth=1.0, estimator="v"))

@@ -7,11 +7,7 @@ import torch
 
 from minidistill.distributions import ring
 from minidistill.teachers import GaussianTeacher, log_likelihood
-from tests.helpers import f64, mixture_1d, mixture_2d, small_denoiser
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
+from tests.helpers import f64, mixture_1d, mixture_2d, normal, rng, small_denoiser
 
 
 def levels(n, low=0.002, high=80.0):
@@ -20,8 +16,8 @@ def levels(n, low=0.002, high=80.0):
 
 def gaussian(shape=(3,), n_classes=0):
     dim = math.prod(shape)
-    data = torch.randn(60, dim, generator=rng(), dtype=torch.float64)
-    data = data @ torch.randn(dim, dim, generator=rng(1), dtype=torch.float64) + 1.0
+    data = normal(60, dim)
+    data = data @ normal(dim, dim, seed=1) + 1.0
     labels = torch.arange(60) % n_classes if n_classes else None
     return GaussianTeacher(data.reshape(60, *shape), labels)
 

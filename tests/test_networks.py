@@ -192,6 +192,10 @@ def test_a_feature_discriminator_reads_a_frozen_denoiser(kind):
     x, label = torch.randn(5, *shape, requires_grad=True), torch.tensor([0, 1, 2, 0, 1])
     logit = ratio(x, torch.full((5,), 0.7), label)
     assert logit.shape == (5,)
+    features = denoiser.features(x, torch.full((5,), 0.7), label)  # one for every place of the image, or one at all
+    places = ratio.head(features if kind == "unet" else features[:, :, None, None])
+    assert places[0].numel() == (16 if kind == "unet" else 1)
+    torch.testing.assert_close(logit, places.flatten(1).mean(1))
     logit.sum().backward()
     assert float(x.grad.abs().sum()) > 0
     assert all(p.grad is not None for p in ratio.parameters())

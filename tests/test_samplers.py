@@ -24,7 +24,7 @@ from minidistill.samplers import (
     teleported,
 )
 from minidistill.transport import sliced_wasserstein
-from tests.helpers import f64, mixture_1d, mixture_2d
+from tests.helpers import f64, fitted_slope, levels, mixture_1d, mixture_2d, start
 
 MU, STD = 0.5, 0.8
 TARGET = GaussianMixture(f64([[MU]]), STD)
@@ -36,20 +36,6 @@ NOISY: dict[str, dict[str, Any]] = {
 PLAIN = [name for name in SOLVERS if name not in NOISY or name == "ddim"]
 
 
-def levels(n, low=0.002, high=80.0, **options):
-    return karras_sigmas(n, low, high, dtype=torch.float64, **options)
-
-
-def start(n=4, sigma=80.0, seed=0, d=1):
-    return sigma * torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def fitted_slope(counts, errors):
-    """Of log error against log count, by least squares."""
-    x, y = f64(counts).log(), f64(errors).log()
-    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
-
-
 def gaussian_flow(x, sigma, after, mean=MU, std=STD):
     return mean + (x - mean) * math.sqrt((std**2 + after**2) / (std**2 + sigma**2))
 
@@ -57,7 +43,7 @@ def gaussian_flow(x, sigma, after, mean=MU, std=STD):
 @pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2), (dpm_solver_2m, 2)])
 def test_order_of_convergence_on_a_gaussian(solver, order):
     """Its flow x(s') = mu + (x - mu) sqrt((std^2 + s'^2) / (std^2 + s^2)) is the referee: errors fall as n^-order."""
-    low, high, x = 0.05, 5.0, start(sigma=5.0)
+    low, high, x = 0.05, 5.0, start(4, 5.0)
     exact, counts = gaussian_flow(x, high, low), [64, 128, 256, 512]
     errors = [float((solver(TARGET, x, levels(n, low, high), early_stop=True) - exact).norm()) for n in counts]
     assert fitted_slope(counts, errors) == pytest.approx(-order, abs=0.15)
@@ -275,14 +261,14 @@ def test_trajectory_runs_from_x_to_the_samples(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_dtype_is_kept(name, dtype):
-    assert sample(TARGET.to(dtype), start().to(dtype), levels(4), name).dtype == dtype
+    assert sample(TARGET.to(dtype), start(4).to(dtype), levels(4), name).dtype == dtype
 
 
 @pytest.mark.parametrize("name", NOISY)
 def test_noise_follows_the_generator(name):
     def run(seed):
         rng = torch.Generator().manual_seed(seed)
-        return sample(TARGET, start(), levels(5), name, generator=rng, **NOISY[name])
+        return sample(TARGET, start(4), levels(5), name, generator=rng, **NOISY[name])
 
     assert torch.equal(run(0), run(0))
     assert not torch.equal(run(0), run(1))
@@ -299,7 +285,7 @@ def test_label_reaches_the_denoiser(name):
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_no_graph_is_kept_and_x_is_untouched(name):
-    x = start().requires_grad_(True)
+    x = start(4).requires_grad_(True)
     before = x.detach().clone()
     assert not sample(TARGET, x, levels(4), name).requires_grad
     assert torch.equal(x.detach(), before)
@@ -352,7 +338,7 @@ def test_teleporting_hands_the_label_to_a_gaussian_with_classes():
         def flow(self, x, sigma, after, label):
             return super().flow(x, sigma, after) + label.unsqueeze(1)
 
-    mixture, x, label = GaussianMixture(f64([[MU], [-MU]]), STD), start(), torch.tensor([0, 1, 1, 0])
+    mixture, x, label = GaussianMixture(f64([[MU], [-MU]]), STD), start(4), torch.tensor([0, 1, 1, 0])
     plain, classes = (teleported(kind(f64([MU]), f64([[STD**2]])), "euler", 1.0) for kind in (Gaussian, Classes))
     jumps = [run(mixture, x, levels(5), label=label, trajectory=True)[1] for run in (plain, classes)]
     torch.testing.assert_close(jumps[1] - jumps[0], label.unsqueeze(1).double())

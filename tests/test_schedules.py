@@ -8,17 +8,13 @@ import torch
 from minidistill import samplers
 from minidistill.distributions import GaussianMixture, ring
 from minidistill.samplers import geometric_sigmas, heun, karras_sigmas, log_linear_sigmas, optimal_sigmas, sample
-from tests.helpers import f64, mixture_2d
+from tests.helpers import f64, mixture_2d, start
 
 FORMULAS = {"karras": karras_sigmas, "log_linear": log_linear_sigmas, "geometric": geometric_sigmas}
 
 
-def start(n, sigma=80.0, seed=0):
-    return sigma * torch.randn(n, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def optimal(n, low=0.002, high=80.0, **options):
-    return optimal_sigmas(mixture_2d(), start(50, high), n, low, high, **options)
+    return optimal_sigmas(mixture_2d(), start(50, high, d=2), n, low, high, **options)
 
 
 @pytest.mark.parametrize(("n", "rho"), [(2, 7.0), (10, 7.0), (10, 1.0), (33, 3.0)])
@@ -77,7 +73,7 @@ def test_optimal_levels_of_a_known_path():
 @pytest.mark.parametrize("target", [ring().to(torch.float64), mixture_2d()])
 def test_optimal_levels_beat_karras(target, solver, order, gain, n):
     """In the root mean square distance to the exact flow's end, for other samples than it was fitted on."""
-    x, found = start(300, seed=1), optimal_sigmas(target, start(200), n, order=order, dtype=torch.float64)
+    x, found = start(300, seed=1, d=2), optimal_sigmas(target, start(200, d=2), n, order=order, dtype=torch.float64)
     exact = heun(target, x, karras_sigmas(300, dtype=torch.float64), early_stop=True)
     ours, karras = (
         float((sample(target, x, sigmas, solver, early_stop=True) - exact).square().mean().sqrt())
@@ -105,13 +101,13 @@ def test_geometric_times_beat_uniform_ones():
 def test_optimal_levels_use_the_label():
     mixture, label = GaussianMixture(f64([[-5.0, 0.0], [5.0, 0.0]]), f64([0.1, 2.0])), torch.zeros(30).long()
     narrow, wide, both = (
-        optimal_sigmas(mixture, start(30), 12, label=given) for given in (label, label + 1, None)
+        optimal_sigmas(mixture, start(30, d=2), 12, label=given) for given in (label, label + 1, None)
     )
     assert not torch.allclose(narrow, wide, rtol=0.01)
     assert not torch.allclose(narrow, both, rtol=0.01)
 
 
-X = start(4)
+X = start(4, d=2)
 
 
 @pytest.mark.parametrize(("call", "error", "message"), [
@@ -137,7 +133,7 @@ def test_schedules_are_importable_from_samplers():
 def test_optimal_levels_of_float32_are_those_of_float64():
     """Third differences of a path in float32 would be rounding."""
     target = GaussianMixture(f64([[-1.0], [1.5]]), 0.4)
-    x = 80 * torch.randn(64, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = start(64)
     wide, narrow = (optimal_sigmas(t, u, 10, order=2, fine=512) for t, u in (
         (target, x), (target.to(torch.float32), x.float())))
     torch.testing.assert_close(narrow, wide, rtol=0.2, atol=0)

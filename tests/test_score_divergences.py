@@ -13,7 +13,7 @@ from torch import nn
 from minidistill import divergences as dv
 from minidistill import estimators as es
 from minidistill.distributions import GaussianMixture
-from tests.helpers import f64, line, mixture_1d
+from tests.helpers import f64, line, mixture_1d, normal, rng
 
 DISTANCES = [
     dv.squared_l2(), dv.l2(), dv.power(1.5), dv.power(3.0), dv.huber(0.7), dv.huber(5.0), dv.pseudo_huber(0.1),
@@ -24,17 +24,9 @@ TWO, THREE = mixture_1d("two"), mixture_1d("three")
 QUIET = {"progress": False}
 
 
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def gaussian(mean, variance):
     """One isotropic Gaussian in 1-D."""
     return GaussianMixture(f64([[mean]]), math.sqrt(variance))
-
-
-def noise(*shape, seed=0):
-    return torch.randn(shape, generator=rng(seed), dtype=torch.float64)
 
 
 # ------------------------------------------------------------------------------------------------ distances
@@ -43,7 +35,7 @@ def noise(*shape, seed=0):
 @each_distance
 @pytest.mark.parametrize("shape", [(4, 2), (4, 1, 3, 3)])
 def test_score_distance_gradient_is_autograds(distance, shape):
-    y = noise(*shape).requires_grad_(True)
+    y = normal(*shape).requires_grad_(True)
     value = distance.value(y)
     assert value.shape == (4,)
     torch.testing.assert_close(distance.gradient(y.detach()), torch.autograd.grad(value.sum(), y)[0])
@@ -56,11 +48,11 @@ def test_distances_vanish_only_at_zero_and_have_no_gradient_there(distance):
         zero = torch.zeros(2, 3, dtype=dtype)
         assert float(distance.value(zero).abs().max()) < 1e-12
         assert float(distance.gradient(zero).abs().max()) == 0
-    assert float(distance.value(noise(5, 3)).min()) > 0
+    assert float(distance.value(normal(5, 3)).min()) > 0
 
 
 def test_distances_are_the_formulas():
-    y = noise(6, 3)
+    y = normal(6, 3)
     length = y.norm(dim=1)
     for got, wanted in (
         (dv.squared_l2(), length**2), (dv.l2(), length), (dv.power(3.0), length**3),
@@ -74,7 +66,7 @@ def test_distances_are_the_formulas():
 
 def test_your_own_distance_is_differentiable_twice():
     custom = dv.from_distance(lambda y: y.pow(4).flatten(1).sum(1))
-    y = noise(3, 2).requires_grad_(True)
+    y = normal(3, 2).requires_grad_(True)
     torch.testing.assert_close(torch.autograd.grad(custom.gradient(y).sum(), y)[0], 12 * y.detach() ** 2)
     with torch.no_grad():
         torch.testing.assert_close(custom.gradient(y), 4 * y**3)
@@ -85,7 +77,7 @@ def test_your_own_distance_is_differentiable_twice():
 def test_both_hubers_are_bounded_and_between_their_asymptotes(log_scale, log_c, seed):
     """Pseudo-Huber: |d'| <= 1, and d <= |y| and d <= |y|^2 / 2c: quadratic below c, linear above. Huber is c times as
     steep, and the larger of the two."""
-    c, y = 10**log_c, 10**log_scale * noise(3, 2, seed=seed)
+    c, y = 10**log_c, 10**log_scale * normal(3, 2, seed=seed)
     d, norm_y = dv.pseudo_huber(c), y.norm(dim=1)
     assert (d.gradient(y).norm(dim=1) <= 1 + 1e-12).all()
     slack = 1e-12 * (c + norm_y)
@@ -164,7 +156,7 @@ def test_kl_of_images_and_of_samples_used_in_turn():
     def of(mean):
         return lambda x, sigma, label=None: mean + (x - mean) / (1 + sigma.reshape(-1, 1, 1, 1) ** 2)
 
-    x0 = 0.5 + noise(500, 1, 2, 2)
+    x0 = 0.5 + normal(500, 1, 2, 2)
     got = dv.kl_from_scores(of(0.5), of(0.0), x0, n=3000, batch_size=700, generator=rng(), **QUIET)
     assert got.value == pytest.approx(4 * 0.5**2 / 2, rel=1e-2)
 
@@ -243,7 +235,7 @@ def test_the_errors_of_both_parts_of_an_entropy_add_up():
 
 def correlated_pairs(rho, n=20_000, dtype=torch.float64):
     """Standard normals with correlation rho, and I(X; Y) = -log(1 - rho^2) / 2."""
-    x, e = noise(n, 1, seed=1), noise(n, 1, seed=2)
+    x, e = normal(n, 1, seed=1), normal(n, 1, seed=2)
     return x.to(dtype), (rho * x + math.sqrt(1 - rho**2) * e).to(dtype), -0.5 * math.log(1 - rho**2)
 
 

@@ -5,24 +5,20 @@ import torch
 
 from minidistill import score_matching as sm
 from minidistill.networks import MLP, Denoiser
-from tests.helpers import f64, mixture_1d, mixture_2d, small_denoiser
+from tests.helpers import f64, mixture_1d, mixture_2d, normal, small_denoiser
 
 SIGMA = 0.6
 A = f64([[0.5, 0.4, -0.1], [-0.2, 0.3, 0.6], [0.7, 0.1, 0.2]])
-PLANE = torch.randn(9, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+PLANE = normal(9, 2)
 
 
 def linear(x, sigma, label=None):
     return x @ A.T + 0.3
 
 
-def points(n, *shape, seed=0):
-    return torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 @pytest.mark.parametrize("chunk_size", [None, 1, 2])
 def test_jacobian_of_a_linear_field_and_of_a_network(chunk_size):
-    x = points(4, 3)
+    x = normal(4, 3)
     torch.testing.assert_close(sm.jacobian(linear, x, 1.0, chunk_size=chunk_size), A.expand(4, 3, 3))
     net = small_denoiser(shape=(3,)).double()
     each = torch.stack([torch.autograd.functional.jacobian(lambda u: net(u[None], SIGMA)[0], row) for row in x])
@@ -31,7 +27,7 @@ def test_jacobian_of_a_linear_field_and_of_a_network(chunk_size):
 
 def test_jacobian_of_images_is_that_of_flat_samples():
     net = small_denoiser(shape=(6,), n_classes=3).double()
-    x, sigma, label = points(4, 1, 2, 3), f64([0.1, 0.5, 1.0, 3.0]), torch.tensor([0, 1, 2, 1])
+    x, sigma, label = normal(4, 1, 2, 3), f64([0.1, 0.5, 1.0, 3.0]), torch.tensor([0, 1, 2, 1])
     image = lambda x, s, y: net(x.flatten(1), s, y).reshape(x.shape)  # noqa: E731
     torch.testing.assert_close(sm.jacobian(image, x, sigma, label), sm.jacobian(net, x.flatten(1), sigma, label))
     torch.testing.assert_close(sm.asymmetry(image, x, sigma, label), sm.asymmetry(net, x.flatten(1), sigma, label))
@@ -44,12 +40,12 @@ def test_a_gradient_field_has_no_asymmetry():
         assert sm.conservative_penalty(mixture_2d(), PLANE, sigma, slices).max() < 1e-24
         assert sm.curl(mixture_2d(), PLANE, sigma).abs().max() < 1e-10
     symmetric = lambda x, s, y=None: x @ (A + A.T)  # noqa: E731
-    assert sm.conservative_penalty(symmetric, points(4, 3), 1.0, points(4, 3, seed=1)).max() < 1e-28
+    assert sm.conservative_penalty(symmetric, normal(4, 3), 1.0, normal(4, 3, seed=1)).max() < 1e-28
 
 
 def test_the_penalty_of_a_linear_field():
     """|A - A'|_F^2 / dim; the Hutchinson estimate is |(A - A') v|^2 / dim sample by sample, signs 4 s.e. near."""
-    x, exact = points(20_000, 3), float((A - A.T).square().sum() / 3)
+    x, exact = normal(20_000, 3), float((A - A.T).square().sum() / 3)
     v = sm.rademacher(x, torch.Generator().manual_seed(0))
     assert set(v.unique().tolist()) == {-1.0, 1.0}
     torch.testing.assert_close(sm.asymmetry(linear, x[:2], 1.0), f64([exact, exact]))
@@ -81,7 +77,7 @@ def test_curl_of_a_turning_field():
 
 @pytest.mark.parametrize("mixture", [mixture_1d(), mixture_1d("three"), mixture_2d()], ids=["two", "three", "2-D"])
 def test_the_exact_scores_obey_the_fokker_planck_equation(mixture):
-    x, sigma = 1.5 * points(9, mixture.means.shape[1]), torch.linspace(0.1, 3, 9, dtype=torch.float64)
+    x, sigma = 1.5 * normal(9, mixture.means.shape[1]), torch.linspace(0.1, 3, 9, dtype=torch.float64)
     assert sm.fokker_planck_residual(mixture, x, sigma).abs().max() < 1e-10
     label = torch.arange(9) % mixture.n_components
     assert sm.fokker_planck_residual(mixture, x, 0.3, label).abs().max() < 1e-10
@@ -117,7 +113,7 @@ def test_fokker_planck_residual_of_any_field_is_the_textbook_one():
 def test_sliced_fokker_planck_residuals_average_to_the_exact_one():
     """The residual is linear in v v': both signs of v agree, and orthogonal slices sqrt(dim) e_i average to it."""
     net = small_denoiser(shape=(3,)).double()
-    x = points(5, 3)
+    x = normal(5, 3)
     basis = 3**0.5 * torch.eye(3, dtype=torch.float64)
     sliced = [sm.fokker_planck_residual(net, x, SIGMA, slices=v.expand(5, 3)) for v in basis]
     exact = sm.fokker_planck_residual(net, x, SIGMA, chunk_size=2)

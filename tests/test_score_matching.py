@@ -2,19 +2,16 @@
 
 import itertools
 import math
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import cross_entropy, linear, silu
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn.functional import cross_entropy
 
 from minidistill import score_matching as sm
 from minidistill.distributions import GaussianMixture, ring
-from minidistill.networks import MLP, Denoiser
-from minidistill.unet import UNet
-from tests.helpers import f64, line, mixture_1d, mixture_2d, normal_pairs, small_denoiser
+from minidistill.networks import MLP
+from tests.helpers import f64, line, mixture_1d, mixture_2d, normal, normal_pairs, small_denoiser
 
 SIGMA = 0.6
 TURN = f64([[0.5, 0.4], [-0.2, 0.3]])  # not symmetric: a model need not be a gradient
@@ -136,7 +133,7 @@ def test_constants_are_the_ones_that_are_stated(rule):
 
 def test_the_textbook_factor():
     """dim / (2 sigma^4) times the implicit loss is 1/2 |s|^2 + tr ds/dx, sample by sample."""
-    x = torch.randn(7, 2, dtype=torch.float64)
+    x = normal(7, 2)
     A = (TURN - torch.eye(2)) / SIGMA**2  # the score's Jacobian
     score = (MODELS_2D["linear"](x, SIGMA) - x) / SIGMA**2
     got = sm.implicit_loss(MODELS_2D["linear"], x, SIGMA) * 2 / (2 * SIGMA**4)
@@ -187,7 +184,7 @@ def test_lcss_is_not_denoising():
 
 def test_the_control_variate_bounds_lcss():
     x = mixture_1d().noised(SIGMA).sample(20_000, torch.Generator().manual_seed(0))
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noise = normal(*x.shape, seed=1)
     variances = {
         (tau, on): float(sm.lcss_loss(mixture_1d(), x, SIGMA, noise, tau=tau, control_variate=on).var())
         for tau in (0.1, 0.01) for on in (True, False)
@@ -197,11 +194,7 @@ def test_the_control_variate_bounds_lcss():
     assert variances[0.01, True] < 1e-3 * variances[0.01, False]
 
 
-def network(d, seed=0):
-    torch.manual_seed(seed)
-    return Denoiser(MLP((d,), hidden=32, depth=2), 0.7).double()
-
-
+SIX = small_denoiser(shape=(6,), hidden=32, depth=2).double()
 STOCHASTIC = {
     "sliced": lambda D, x, v: (sm.sliced_loss(D, x, SIGMA, v), sm.implicit_loss(D, x[:1], SIGMA)),
     "variance reduced": lambda D, x, v: (
@@ -221,7 +214,7 @@ def test_sliced_estimates_are_unbiased(both, kind):
     rng = torch.Generator().manual_seed(3)
     x = torch.randn(1, 6, generator=rng, dtype=torch.float64).expand(20_000, 6)
     slices = sm.rademacher(x, rng) if kind == "signs" else torch.randn(x.shape, generator=rng, dtype=x.dtype)
-    estimates, exact = (value.detach() for value in both(network(6), x, slices))
+    estimates, exact = (value.detach() for value in both(SIX, x, slices))
     error = float(estimates.std()) / math.sqrt(len(x))
     assert estimates.shape == (20_000,)
     assert error > 0
@@ -231,10 +224,10 @@ def test_sliced_estimates_are_unbiased(both, kind):
 def test_variance_reduction_and_signs_reduce_variance():
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(1, 6, generator=rng, dtype=torch.float64).expand(5000, 6)
-    signs, normal = sm.rademacher(x, rng), torch.randn(x.shape, generator=rng, dtype=x.dtype)
+    signs, gaussian = sm.rademacher(x, rng), torch.randn(x.shape, generator=rng, dtype=x.dtype)
     plain, reduced, normal_reduced = (
-        float(sm.sliced_loss(network(6), x, SIGMA, v, variance_reduced=on).var().detach())
-        for v, on in ((signs, False), (signs, True), (normal, True))
+        float(sm.sliced_loss(SIX, x, SIGMA, v, variance_reduced=on).var().detach())
+        for v, on in ((signs, False), (signs, True), (gaussian, True))
     )
     assert reduced < plain
     assert reduced < normal_reduced
@@ -245,7 +238,7 @@ def test_target_and_mix_on_a_gaussian():
     """N(b, a^2): the optimal mix has no variance at all; the two ends have their closed forms."""
     a, b, sigma = 0.7, 0.2, f64([0.1, 0.5, 2.0])
     gaussian = GaussianMixture(f64([[b]]), a)
-    z, e = torch.randn(2, 3, 1, dtype=torch.float64)
+    z, e = normal(2, 3, 1)
     x0 = b + a * z
     share = sm.optimal_share(sigma, 1 / a**2)
     torch.testing.assert_close(share, a**2 / (a**2 + sigma**2))
@@ -343,7 +336,7 @@ def test_dlsm_is_explicit_matching_of_the_posterior_plus_a_constant():
 
 def test_dlsm_trains_the_classifier_alone():
     denoiser, classifier = small_denoiser(), MLP((2,), hidden=8, depth=1, out_features=3)
-    x0, noise, sigma = torch.randn(6, 2), torch.randn(6, 2), torch.full((6,), 0.5)
+    (x0, noise), sigma = normal(2, 6, 2).float(), torch.full((6,), 0.5)
     label = torch.tensor([0, 1, 2, 0, 1, 2])
     logits = lambda x, s: classifier(x, s.log() / 4)  # noqa: E731
     loss = sm.dlsm_loss(denoiser, x0, sigma, noise, logits, label)
@@ -375,7 +368,7 @@ def test_tiw_has_the_unbiased_datas_loss():
 
 def test_any_tiw_weight_keeps_the_minimiser_where_its_gradient_goes_with_it():
     """A weight of no meaning is a constant, and then the loss is plain denoising times it."""
-    x0, noise = torch.randn(2, 5, 2, dtype=torch.float64)
+    x0, noise = normal(2, 5, 2)
     constant = lambda x, s, y: torch.full((len(x),), 0.7, dtype=x.dtype) + 0 * x.sum(1)  # noqa: E731
     got = sm.tiw_loss(mixture_2d(), x0, 0.5, noise, constant)
     torch.testing.assert_close(got, math.exp(0.7) * sm.denoising_loss(mixture_2d(), x0, 0.5, noise))
@@ -464,176 +457,15 @@ def test_a_linear_drift_has_its_exact_transition_at_any_step():
     mean = x @ torch.linalg.matrix_exp(step * A).T + 0.2 * grow.sum(0).sum(1) * step / n
     torch.testing.assert_close(factor @ factor.T, cov, rtol=1e-6, atol=0)
     torch.testing.assert_close(points[0], mean, rtol=1e-6, atol=1e-7)
-    noise = torch.randn(3, 2, dtype=torch.float64)
+    noise = normal(3, 2)
     xt, score = sm.local_step(x, noise, drift, g, 0.0, step)
     torch.testing.assert_close(score, -torch.linalg.solve(cov, (xt - mean).T).T, rtol=1e-5, atol=1e-5)
 
 
 def test_local_dsm_without_drift_is_denoising():
-    x0, noise = torch.randn(2, 5, 1, 2, 2, dtype=torch.float64)
+    x0, noise = normal(2, 5, 1, 2, 2)
     model = lambda x, s, y=None: torch.tanh(x)  # noqa: E731
     for linearised in (True, False):
         got = sm.local_dsm_loss(
             model, x0, 0.5, noise, lambda x, t: 0 * x, 1.0, 0.0, 0.25, weight=2.0, linearised=linearised)
         torch.testing.assert_close(got, sm.denoising_loss(model, x0, 0.5, noise, weight=2.0))
-
-
-# ------------------------------------------------- shapes, labels, weights, gradients, cost, errors
-
-def all_losses(D, x, noise, slices, sigma, label, weight):
-    """Each loss by name, of the same arrays."""
-    classes = lambda x, s, y=None: x.flatten(1)[:, :3] * 0.5  # noqa: E731
-    logit = lambda x, s, y=None: x.flatten(1).tanh().sum(1)  # noqa: E731
-    return {
-        "explicit": sm.explicit_loss(D, x, sigma, noise, label, weight),
-        "implicit": sm.implicit_loss(D, x, sigma, label, weight),
-        "sliced": sm.sliced_loss(D, x, sigma, slices, label, weight),
-        "sliced_vr": sm.sliced_loss(D, x, sigma, slices, label, weight, variance_reduced=True),
-        "finite_difference": sm.finite_difference_loss(D, x, sigma, slices, label, weight),
-        "lcss": sm.lcss_loss(D, x, sigma, noise, label, weight),
-        "sure": sm.sure_loss(D, x, sigma, slices, label, weight),
-        "denoising": sm.denoising_loss(D, x, sigma, noise, label, weight),
-        "target": sm.target_loss(D, x, sigma, noise, -x, label, weight),
-        "mixed": sm.mixed_target_loss(D, x, sigma, noise, -x, sm.optimal_share(sigma, 1.0), label, weight),
-        "tiw": sm.tiw_loss(D, x, sigma, noise, logit, label, weight),
-        "local_dsm": sm.local_dsm_loss(D, x, sigma, noise, double_well, 0.8, 0.0, 0.1, label, weight),
-        "penalty": sm.conservative_penalty(D, x, sigma, slices, label, weight),
-        "fokker_planck": sm.fokker_planck_loss(D, x, sigma, label, torch.stack([slices, noise]), weight),
-        "fokker_planck_exact": sm.fokker_planck_loss(D, x, sigma, label, None, weight),
-        "dlsm": sm.dlsm_loss(lambda x, s, y=None: D(x, s, label), x, sigma, noise, classes, label % 3, weight),
-    }
-
-
-def test_images_labels_and_weights():
-    """(n, c, h, w) gives what the flat samples give; each sample has its own sigma, label and weight."""
-    rng = torch.Generator().manual_seed(0)
-    x, noise = torch.randn(2, 4, 1, 2, 3, generator=rng, dtype=torch.float64)
-    slices = sm.rademacher(x, rng)
-    sigma, weight, label = f64([0.2, 0.5, 1.0, 2.0]), f64([1.0, 2.0, 0.5, 3.0]), torch.tensor([0, 2, 1, 0])
-    flat = Denoiser(MLP((6,), hidden=16, depth=1, n_classes=3), 0.7).double()
-    image = lambda x, s, y=None: flat(x.flatten(1), s, y).reshape(x.shape)  # noqa: E731
-    images = all_losses(image, x, noise, slices, sigma, label, weight)
-    vectors = all_losses(flat, *(v.flatten(1) for v in (x, noise, slices)), sigma, label, weight)
-    for name, loss in images.items():
-        assert loss.shape == (4,)
-        torch.testing.assert_close(loss, vectors[name], msg=name)
-    for i in range(4):  # one sample at a time is the same
-        one = [v[[i]] for v in (x, noise, slices)]
-        alone = all_losses(image, *one, float(sigma[i]), label[[i]], weight[[i]])
-        for name, loss in images.items():
-            torch.testing.assert_close(alone[name], loss[[i]], msg=name)
-    other = all_losses(image, x, noise, slices, sigma, (label + 1) % 3, weight)
-    assert all((loss != images[name]).all() for name, loss in other.items())
-
-
-def test_gradients_reach_the_network_and_are_right():
-    """Each loss's derivative along a direction of the weights, against a central difference."""
-    rng = torch.Generator().manual_seed(0)
-    x, noise = torch.randn(2, 4, 3, generator=rng, dtype=torch.float64)
-    slices, sigma, label = sm.rademacher(x, rng), f64([0.2, 0.5, 1.0, 2.0]), torch.tensor([0, 1, 2, 0])
-    flat = network(3)
-    D = lambda x, s, y=None: flat(x, s)  # noqa: E731
-    weight = flat.network.inward.weight
-    direction = torch.randn(weight.shape, generator=rng, dtype=torch.float64)
-
-    def losses_at(h):
-        with torch.no_grad():
-            weight.add_(h * direction)
-            out = all_losses(D, x, noise, slices, sigma, label, 1.0)
-            weight.sub_(h * direction)
-        return out
-
-    ahead, behind = losses_at(1e-5), losses_at(-1e-5)
-    losses = all_losses(D, x, noise, slices, sigma, label, 1.0)
-    assert not losses.pop("dlsm").requires_grad
-    for name, loss in losses.items():
-        (slope,) = torch.autograd.grad(loss.mean(), weight)
-        numeric = (ahead[name] - behind[name]).mean() / 2e-5
-        torch.testing.assert_close((slope * direction).sum(), numeric, rtol=1e-6, atol=1e-7, msg=name)
-
-
-def test_a_unet_can_be_matched_by_every_loss():
-    torch.manual_seed(0)
-    net = UNet((1, 4, 4), channels=32, multipliers=(1, 2), blocks=1, attention=(4,), n_classes=3)
-    torch.nn.init.normal_(list(net.parameters())[-2], std=0.1)
-    rng = torch.Generator().manual_seed(0)
-    x, noise = torch.randn(2, 2, 1, 4, 4, generator=rng)
-    slices, sigma, label = sm.rademacher(x, rng), torch.tensor([0.5, 1.0]), torch.tensor([0, 2])
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        losses = all_losses(Denoiser(net, 0.5), x, noise, slices, sigma, label, 1.0)
-        losses.pop("dlsm")
-        for name, loss in losses.items():
-            assert torch.isfinite(loss).all(), name
-            (gradient,) = torch.autograd.grad(loss.mean(), next(net.parameters()), retain_graph=True)
-            assert torch.isfinite(gradient).all(), name
-
-
-def test_trace_free_losses_cost_at_most_three_denoising_steps():
-    """Multiplications of a step, forward and backward, in d = 128; the exact trace costs dim times more."""
-    rng = torch.Generator().manual_seed(0)
-    weights = [torch.randn(a, b, generator=rng).requires_grad_() for a, b in ((256, 128), (256, 256), (128, 256))]
-    x, noise = torch.randn(2, 16, 128, generator=rng)
-
-    def D(x, sigma, label=None):  # no Module, whose hooks FlopCounterMode cannot follow into torch.func
-        return linear(silu(linear(silu(linear(x, weights[0])), weights[1])), weights[2])
-
-    slices = sm.rademacher(x, rng)
-    steps = {
-        "denoising": lambda: sm.denoising_loss(D, x, torch.tensor(0.5), noise),
-        "target": lambda: sm.target_loss(D, x, 0.5, noise, -x),
-        "mixed": lambda: sm.mixed_target_loss(D, x, 0.5, noise, -x, 0.5),
-        "sliced": lambda: sm.sliced_loss(D, x, 0.5, slices),
-        "sliced_vr": lambda: sm.sliced_loss(D, x, 0.5, slices, variance_reduced=True),
-        "finite_difference": lambda: sm.finite_difference_loss(D, x, 0.5, slices),
-        "lcss": lambda: sm.lcss_loss(D, x, 0.5, noise),
-        "sure": lambda: sm.sure_loss(D, x, 0.5, slices),
-        "penalty": lambda: sm.conservative_penalty(D, x, 0.5, slices),
-        "exact": lambda: sm.implicit_loss(D, x, 0.5, chunk_size=32),
-    }
-    cost = {}
-    for name, step in steps.items():
-        with FlopCounterMode(display=False) as counter:
-            step().mean().backward()
-        cost[name] = counter.get_total_flops()
-    ratio = {name: value / cost["denoising"] for name, value in cost.items()}
-    exact = ratio.pop("exact")
-    assert max(ratio.values()) <= 3, ratio
-    assert exact > 60
-
-
-X = torch.zeros(4, 2)
-NUMBER: Any = 3.0
-BAD = {
-    "x is a number": (lambda: sm.implicit_loss(mixture_2d(), NUMBER, 1.0), TypeError, "x is float"),
-    "x is whole": (lambda: sm.lcss_loss(mixture_2d(), X.int(), 1.0, X), TypeError, "x is a tensor of torch.int32"),
-    "x is flat": (lambda: sm.sliced_loss(mixture_2d(), X[0], 1.0, X[0]), ValueError, "x has shape"),
-    "sigma 0": (lambda: sm.implicit_loss(mixture_2d(), X, 0.0), ValueError, "sigma holds 0"),
-    "sigma's shape": (lambda: sm.sure_loss(mixture_2d(), X, torch.ones(3)), ValueError, "sigma has shape"),
-    "score": (lambda: sm.explicit_loss(mixture_2d(), X, 1.0, X[:, :1]), ValueError, "score has shape"),
-    "slices": (lambda: sm.sliced_loss(mixture_2d(), X, 1.0, X[:1]), ValueError, "slices has shape"),
-    "SURE's slices": (lambda: sm.sure_loss(mixture_2d(), X, 1.0, X[:1]), ValueError, "slices has shape"),
-    "noise": (lambda: sm.target_loss(mixture_2d(), X, 1.0, X[:1], X), ValueError, "noise has shape"),
-    "clean_score": (lambda: sm.target_loss(mixture_2d(), X, 1.0, X, NUMBER), TypeError, "clean_score is float"),
-    "share": (lambda: sm.mixed_target_loss(mixture_2d(), X, 1.0, X, X, torch.ones(2)), ValueError, "share has shape"),
-    "step": (lambda: sm.finite_difference_loss(mixture_2d(), X, 1.0, X, step=0.0), ValueError, "step=0"),
-    "tau": (lambda: sm.lcss_loss(mixture_2d(), X, 1.0, X, tau=-1.0), ValueError, "tau=-1"),
-    "weight": (lambda: sm.lcss_loss(mixture_2d(), X, 1.0, X, weight=torch.ones(4, 1)), ValueError, "weight has shape"),
-    "implicit's weight": (
-        lambda: sm.implicit_loss(mixture_2d(), X, 1.0, weight=torch.ones(4, 1)), ValueError, "weight has shape"),
-    "denoiser": (lambda: sm.lcss_loss(lambda x, s, y: x[:, :1], X, 1.0, X), ValueError, "denoiser returned shape"),
-    "label": (lambda: sm.dlsm_loss(mixture_2d(), X, 1.0, X, classify(mixture_2d()), torch.ones(4)), ValueError,
-              "label is torch.float32"),
-    "diffusion": (
-        lambda: sm.local_dsm_loss(mixture_2d(), X, 1.0, X, double_well, 0.0, 0.0, 0.1), ValueError, "diffusion=0"),
-    "drift": (
-        lambda: sm.local_step(X, X, lambda x, t: x[:, 0], 1.0, 0.0, 0.1), ValueError, r"drift\(x, t\) has shape"),
-    "curl": (lambda: sm.curl(mixture_2d(), torch.zeros(4, 3), 1.0), ValueError, "wanted \\(n, 2\\)"),
-    "pair": (
-        lambda: sm.fokker_planck_loss(mixture_2d(), X, 1.0, slices=X), ValueError, "slices has shape .* two for each"),
-}
-
-
-@pytest.mark.parametrize(("call", "error", "message"), BAD.values(), ids=BAD)
-def test_bad_input_is_named(call, error, message):
-    with pytest.raises(error, match=message):
-        call()

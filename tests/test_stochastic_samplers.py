@@ -17,12 +17,10 @@ from minidistill.samplers import (
     annealed_langevin,
     edm_stochastic,
     euler_maruyama,
-    karras_sigmas,
     langevin,
     predictor_corrector,
 )
-from tests.helpers import f64, mixture_2d
-from tests.test_samplers import fitted_slope
+from tests.helpers import f64, fitted_slope, levels, mixture_2d, rng, start
 
 MU, STD = 0.5, 0.8
 TARGET = GaussianMixture(f64([[MU]]), STD)
@@ -34,14 +32,6 @@ CHAINS: list[tuple[str, dict[str, Any]]] = [
     ("predictor_corrector", {}), ("predictor_corrector", {"snr": 0.3, "corrector_steps": 2}),
 ]
 IDS = [f"{name}-{'-'.join(map(str, options.values()))}" for name, options in CHAINS]
-
-
-def levels(n, low=0.002, high=80.0):
-    return karras_sigmas(n, low, high, dtype=torch.float64)
-
-
-def start(n, sigma, seed=0, d=1):
-    return sigma * torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def moves(name, options, s, t, n, moments):
@@ -97,7 +87,7 @@ def chain_moments(name, options, sigmas, variance):
 def test_stochastic_solvers_reproduce_a_gaussian(name, options):
     """Within 4 standard errors of the discrete chain's exact moments."""
     n, sigmas = 20_000, levels(60, 0.01, 40.0)
-    x = SOLVERS[name](TARGET, start(n, 40.0, seed=1), sigmas, torch.Generator().manual_seed(2), **options)
+    x = SOLVERS[name](TARGET, start(n, 40.0, seed=1), sigmas, rng(2), **options)
     mean, variance = chain_moments(name, options, sigmas, 40.0**2)
     assert abs(float(x.mean()) - mean) < 4 * math.sqrt(variance / n)
     assert abs(float(x.var()) - variance) < 4 * variance * math.sqrt(2 / (n - 1))
@@ -144,7 +134,7 @@ def test_large_variance_is_exact_on_a_standard_normal():
     """Any levels: the chain's law at the last one is N(0, 1 + sigma^2), from 4 levels and within 4 standard errors."""
     n, sigmas = 50_000, f64([30.0, 5.0, 1.0, 0.3, 0.0])
     x = start(n, math.sqrt(1 + 30.0**2), seed=3)
-    y = ancestral(GaussianMixture(f64([[0.0]]), 1.0), x, sigmas, torch.Generator().manual_seed(4), variance="large",
+    y = ancestral(GaussianMixture(f64([[0.0]]), 1.0), x, sigmas, rng(4), variance="large",
                   early_stop=True)
     variance = 1 + 0.3**2
     assert abs(float(y.mean())) < 4 * math.sqrt(variance / n)
@@ -177,9 +167,9 @@ def test_accelerated_ddim_in_the_papers_coordinates():
 def test_accelerated_ddpm_in_the_papers_coordinates():
     """Li 2024: X^+ = X + sqrt((1 - a)/2) Z and X_{t-1} = a^{-1/2} (X^+ + (1 - a) s_t(X^+) + sqrt((1 - a)/2) Z')."""
     sigmas, x = f64([3.0, 2.2, 0.0]), start(6, 3.0, d=2)
-    ours = accelerated_ddpm(mixture_2d(), x, sigmas, torch.Generator().manual_seed(5), early_stop=True)
-    rng = torch.Generator().manual_seed(5)
-    z, again = (torch.randn(6, 2, generator=rng, dtype=torch.float64) for _ in range(2))
+    ours = accelerated_ddpm(mixture_2d(), x, sigmas, rng(5), early_stop=True)
+    generator = rng(5)
+    z, again = (torch.randn(6, 2, generator=generator, dtype=torch.float64) for _ in range(2))
     X, score = variance_preserving(x, sigmas[0])
     a = (1 + sigmas[1] ** 2) / (1 + sigmas[0] ** 2)
     half = torch.sqrt((1 - a) / 2)
@@ -193,7 +183,7 @@ def test_langevin_tends_to_its_biased_gaussian():
     of them; and the mean forgets its start by (1 - h/V) a step."""
     n, sigma, h, steps = 40_000, 0.6, 0.2, 60
     width = STD**2 + sigma**2
-    x = langevin(TARGET, start(n, 1.0), sigma, steps, h, torch.Generator().manual_seed(6))
+    x = langevin(TARGET, start(n, 1.0), sigma, steps, h, rng(6))
     stationary, kept = width / (1 - h / (2 * width)), 1 - h / width
     variance = stationary + kept ** (2 * steps) * (1.0 - stationary)
     error = variance * math.sqrt(2 / n)
@@ -209,7 +199,7 @@ def test_langevin_path_and_report():
         return mixture_2d()(x, sigma, label)
 
     def run(**options):
-        return langevin(counting, start(5, 1.0, d=2), 0.5, 4, 0.01, torch.Generator().manual_seed(0),
+        return langevin(counting, start(5, 1.0, d=2), 0.5, 4, 0.01, rng(),
                         label=torch.arange(5) % 3, report=report, **options)
 
     path = run(trajectory=True)

@@ -1,6 +1,7 @@
 """Checkpoints, exact resume, kills and interrupts, EMA, schedule, clipping, and files that are refused."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -445,3 +446,23 @@ def test_float64_data_trains_a_float32_network():
     data = torch.randn(50, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     denoiser = train_denoiser(data, steps=2, batch_size=8, progress=False)
     assert next(denoiser.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [0.5, 4.0])
+def test_noise_levels_in_training_scale_with_the_data(size):
+    """ln sigma ~ N(-1.2, 1.2^2) for data of EDM's standard deviation, 0.5, and for others times their size: mean and
+    standard deviation of one batch within 4 standard errors."""
+    seen = []
+
+    class Listening(MLP):
+        def forward(self, x, c_noise, label=None):
+            seen.append(4 * c_noise.detach())  # ln sigma
+            return super().forward(x, c_noise, label)
+
+    data, n = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0)), 20_000
+    data = size * data / data.std()
+    train_denoiser(data, Listening((2,), hidden=8, depth=1), steps=1, batch_size=n, progress=False)
+    log_sigma = torch.cat(seen)
+    assert log_sigma.shape == (n,)
+    assert abs(float(log_sigma.mean()) - (-1.2 + math.log(size / 0.5))) < 4 * 1.2 / math.sqrt(n)
+    assert abs(float(log_sigma.std()) - 1.2) < 4 * 1.2 / math.sqrt(2 * n)

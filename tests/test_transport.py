@@ -21,15 +21,7 @@ from minidistill.transport import (
     wasserstein_2,
 )
 from minidistill.wasserstein_critic import wasserstein_1_critic
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=rng(seed), dtype=torch.float64)
-
+from tests.helpers import normal, rng
 
 X, Y = normal(40, 3), 0.5 * normal(30, 3, seed=1) + 2
 A, B = torch.rand(40, generator=rng(2)).double() + 0.1, torch.rand(30, generator=rng(3)).double() + 0.1

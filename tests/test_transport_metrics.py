@@ -21,15 +21,7 @@ from minidistill.metrics import (
     reverse_kl_on_grid,
 )
 from minidistill.transport import sliced_wasserstein, wasserstein_1d
-from tests.helpers import f64, line
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=rng(seed), dtype=torch.float64)
+from tests.helpers import f64, line, normal, rng
 
 
 @pytest.mark.parametrize(("n", "m"), [(10, 10), (7, 12), (30, 1), (13, 26)])
