@@ -174,7 +174,7 @@ def save_model(
     recipe = {"network": config, "sigma_data": denoiser.sigma_data, "info": info}
     kind = "generator" if isinstance(model, Generator) else "denoiser"
     if isinstance(model, Generator):
-        recipe["sigma_init"] = model.sigma_init
+        recipe |= {"sigma_init": model.sigma_init, "levels": list(model.levels)}
     weights = {name: value.half() if half else value for name, value in denoiser.network.state_dict().items()}
     return write(writable(path), weights, {"kind": kind, "recipe": json.dumps(recipe)}, limit=limit)
 
@@ -191,5 +191,8 @@ def load_model(path: str | Path) -> tuple[Denoiser | Generator, dict[str, Any]]:
     check_weights(path, "network", weights, network)
     network.load_state_dict(weights)
     denoiser = Denoiser(network, recipe["sigma_data"])
-    model = Generator(denoiser, recipe["sigma_init"]) if info["kind"] == "generator" else denoiser
-    return model.eval(), recipe["info"]
+    if info["kind"] == "denoiser":
+        return denoiser.eval(), recipe["info"]
+    generator = Generator(denoiser, recipe["sigma_init"])
+    generator.levels = tuple(recipe.get("levels", ()))  # files from before students of several steps have none
+    return generator.eval(), recipe["info"]

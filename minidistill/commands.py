@@ -79,8 +79,8 @@ def distil(a: argparse.Namespace) -> None:
     out = Path(a.out)
     model = checkpoints.writable(out / "student.safetensors")
     images = len(teacher.shape) == 3
-    rate, critic_rate, critic_steps = (3e-4, 1e-3, 2) if images else (2e-3, 5e-3, 3)
-    critic_steps = getattr(OBJECTIVES[a.objective], "critic_steps", critic_steps)  # some need many
+    rate, critic_rate, critic_steps = (3e-4, 1e-3, 2) if images else (None, 5e-3, None)
+    critic_steps = Needs.of(OBJECTIVES[a.objective]).critic_steps or critic_steps  # some need many
 
     def draw_panel(seen: Diagnosis) -> None:
         plotting.save(plotting.panel(seen).figure, out / "panel.png")  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from minidistill.transport import sliced_wasserstein
 
 __all__ = [
     "GridKL", "ModeCoverage", "PrecisionRecall", "expected_calibration_error", "frechet_distance", "grid_kl",
-    "kl_on_grid", "mode_coverage", "precision_recall", "reverse_kl_on_grid", "sliced_wasserstein",
+    "kl_on_grid", "mode_coverage", "over_floor", "precision_recall", "reverse_kl_on_grid", "sliced_wasserstein",
 ]
 
 
@@ -109,6 +109,19 @@ def mode_coverage(target: GaussianMixture, samples: Tensor) -> ModeCoverage:
         worst=float((ratio - 1).abs().max()),
         high_quality=float((distance <= 3).double().mean()),
     )
+
+
+def over_floor(target: GaussianMixture, samples: Tensor, seed: int = 0) -> float:
+    """The sliced W2 of samples (n, d) to exact ones over that between two exact sets: 1 for a perfect student. The same
+    n and directions for both, and both are means over five fresh sets, since one floor alone varies by half."""
+    _validate.samples("samples", samples, target.shape)
+    rng = torch.Generator(target.means.device).manual_seed(seed)
+    exact = [target.sample(len(samples), rng) for _ in range(6)]
+
+    def distance(x: Tensor) -> float:
+        return sum(float(sliced_wasserstein(x, y, generator=torch.Generator().manual_seed(0))) for y in exact[1:]) / 5
+
+    return distance(samples) / distance(exact[0])
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:

@@ -42,6 +42,8 @@ class MLP(nn.Module):
         out_features: None for an output shaped like the input; a number m for (n, m).
         activation: "silu", smooth as denoisers are, or "relu", whose kinks suit a generator that has to tear
             one Gaussian into separate modes.
+        gain: factor on the first layer's weights as they start: above 1, functions of higher frequency from the first
+            step on, for a generator that has to tear its input into many modes.
     """
 
     def __init__(
@@ -52,12 +54,14 @@ class MLP(nn.Module):
         n_classes: int = 0,
         out_features: int | None = None,
         activation: str = "silu",
+        gain: float = 1.0,
     ) -> None:
         super().__init__()
+        _validate.positive("gain", gain)
         self.config: dict[str, Any] = {
             "kind": "mlp", "shape": list(shape), "hidden": hidden, "depth": depth,
             "n_classes": n_classes, "out_features": out_features, "activation": activation,
-        }
+        } | ({"gain": gain} if gain != 1 else {})
         self.shape, self.n_classes, self.out_features = tuple(shape), n_classes, out_features
         self.activation = _validate.choose("activation", activation, ACTIVATIONS)
         features = math.prod(shape)
@@ -67,6 +71,9 @@ class MLP(nn.Module):
         self.inward = nn.Linear(features, hidden)
         self.blocks = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
         self.outward = nn.Linear(hidden, out_features or features)
+        if gain != 1:
+            with torch.no_grad():
+                self.inward.weight *= gain
 
     @property
     def feature_channels(self) -> int:

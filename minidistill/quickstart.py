@@ -56,22 +56,9 @@ def run_ring(objective: str, steps: int, seed: int, device: str) -> dict[str, An
         "objective": objective, "seconds": seconds, "steps": steps, "seed": seed, "n": RING_N,
         "kl": final.kl, "reverse_kl": final.reverse_kl, "smoothing_sigma": final.sigma, "outside_grid": final.outside,
         "modes": coverage.covered, "worst_mode_error": coverage.worst, "high_quality": coverage.high_quality,
-        "sliced_w2_over_floor": _over_floor(teacher, samples, seed),
+        "sliced_w2_over_floor": metrics.over_floor(teacher, samples, seed + 3),
         "curve": [[r["step"], r["kl"]] for r in student.history if "kl" in r], "samples": samples.cpu(),
     }
-
-
-def _over_floor(teacher: GaussianMixture, samples: Tensor, seed: int) -> float:
-    """The student's sliced W2 to exact samples, over that between two exact sets; n and directions are the same, and
-    both are means over five fresh sets, since one floor alone varies by half."""
-    rng = training.generator_on(teacher.means.device, seed + 3)
-    exact = [teacher.sample(len(samples), rng) for _ in range(6)]
-
-    def distance(x: Tensor, others: list[Tensor]) -> float:
-        each = [metrics.sliced_wasserstein(x, y, generator=training.generator_on("cpu", 0)) for y in others]
-        return float(sum(each)) / len(each)
-
-    return distance(samples, exact[1:]) / distance(exact[0], exact[1:])
 
 
 def run_digits(teacher_steps: int, steps: int, seed: int, device: str) -> dict[str, Any]:

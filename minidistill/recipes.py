@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from minidistill import checkpoints, cli, data, evaluation, features, plotting, teachers, training, unet
-from minidistill.distillation import OBJECTIVES, Diagnosis, distill
+from minidistill.distillation import OBJECTIVES, Diagnosis, Needs, distill
 from minidistill.networks import Denoiser, Generator
 from minidistill.score_matching import denoising_loss, edm_weight, log_normal_sigma
 from minidistill.training import Speed
@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one stage within its minutes. Returns the exit code, as `minidistill.cli.main`."""
     a = _parser().parse_args(argv)
     a.argv = list(sys.argv[1:] if argv is None else argv)
+    if a.critic_steps is None:
+        a.critic_steps = Needs.of(OBJECTIVES[a.objective]).critic_steps or 1
     if a.learning_rate is None:
         a.learning_rate = 1e-3 if a.stage == "teacher" else 1e-4
     torch.set_float32_matmul_precision("high")
@@ -247,7 +249,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--subset", type=int, help="train on so many images only, the same number of each class")
     add("--preset", choices=sorted(unet.PRESETS), default="small" if gpu else "tiny", help="the U-Net's size")
     add("--objective", choices=sorted(OBJECTIVES), default="sid", help="of the student")
-    add("--critic-steps", type=int, default=1, help="updates of the fake network for each of the student")
+    add("--critic-steps", type=int,
+        help="updates of the fake network for each of the student; if not given the objective's own number, or 1")
     add("--batch-size", type=int, default=512 if gpu else 64)
     add("--learning-rate", type=float, help="1e-3 for a teacher, 1e-4 for a student, if not given")
     add("--critic-learning-rate", type=float, default=1e-4)

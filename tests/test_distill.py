@@ -199,6 +199,8 @@ def test_an_objective_that_does_not_say_gets_three_critic_steps(monkeypatch):
     distill(small_ring(), objective="reverse_kl", **QUICK)
     assert len(seen) == 9
     assert Needs.of(OBJECTIVES["dmd2"]).critic_steps == 5
+    assert Needs.of(OBJECTIVES["sid"]) == Needs(critic_steps=5, learning_rate=5e-4)  # alpha = 1.2
+    assert Needs.of(OBJECTIVES["fisher"]) == Needs()  # alpha = 1/2
 
 
 @pytest.mark.parametrize("levels", [(), (0.3,)])
@@ -391,10 +393,29 @@ def test_a_plateau_ends_the_run_and_is_recorded(tmp_path):
         "step": 8, "images": 64, "critic": 0, "generator": 0, "other": 0.0, "number": 3.0, "plateau": 1.0}
     assert training.progress_of(path)["step"] == 8
     assert training.progress_of(path)["history"] == out.history
-    # A resumed run remembers that its best was 3.0: it stops at the next evaluation, unless that is better.
+    # Resumed, it stays ended: nothing is evaluated (or trained) any more.
+    again = distill(small_ring(), evaluate=numbers(), resume=True, **options)
+    assert again.history == out.history
+    for a, b in zip(again.ema.parameters(), out.ema.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_resumed_run_remembers_its_best(tmp_path):
+    """Best at step 4, resumed at 6: one more evaluation without a better one ends it."""
+    options = {"batch_size": 8, "evaluate_every": 2, "patience": 2, "monitor": "number", "steps": 20,
+               "checkpoint": tmp_path / "run.safetensors", "checkpoint_every": 2, "progress": False}
+
+    def stop_at_the_fourth(generator):
+        if not left:
+            raise KeyboardInterrupt
+        return {"number": left.pop(0)}
+
+    left = [5.0, 3.0, 4.0]
+    with pytest.raises(KeyboardInterrupt):
+        distill(small_ring(), evaluate=stop_at_the_fourth, **options)
     again = distill(small_ring(), evaluate=numbers(3.5), resume=True, **options)
-    assert again.history[-1]["step"] == 10
     assert again.history[-1]["plateau"] == 1.0
+    assert again.history[-1]["step"] == 8
 
 
 def test_no_plateau_no_early_end():

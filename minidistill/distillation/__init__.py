@@ -52,6 +52,8 @@ OBJECTIVES: dict[str, Objective] = {
     "diff_instruct": DistributionMatching(divergences.F["reverse_kl"], normalise=False),
     "dmd": DMD(),
     "dmd2": DMD2(),
+    # Its weight is 1 / r, largest where the student is alone and the ratio least known.
+    "neyman": DistributionMatching(divergences.F["neyman"], clip=2.0),
     "skew_jensen_shannon": DistributionMatching(divergences.skew_jensen_shannon(0.25)),
     "score_of_mixture": ScoreOfMixture(),
     "sim": ScoreImplicitMatching(divergences.pseudo_huber(0.1)),
@@ -74,7 +76,7 @@ def distill(
     shape: tuple[int, ...] | None = None,
     batch_size: int = 256,
     critic_steps: int | None = None,
-    learning_rate: float = 2e-3,
+    learning_rate: float | None = None,
     critic_learning_rate: float = 5e-3,
     sigma_init: float | None = None,
     sigma_min: float | None = None,
@@ -109,7 +111,9 @@ def distill(
             off a trained teacher's features by a small head, else a network of its own learns it.
         shape: of one sample; only for a teacher without a `.shape`, when there are no data either.
         critic_steps: updates of the fake network (and the ratio) for each update of the generator; None for the
-            objective's own number (5 of `dmd2` and `sida`), else 3.
+            objective's own number (5 of `dmd2`, `sid` and `sida`), else 3.
+        learning_rate, critic_learning_rate: of Adam, for the generator and for the critics; None for the objective's
+            own (5e-4 of `sid`), else 2e-3.
         sigma_init: noise level at which the student reads its input, G(z) = D(sigma_init z, sigma_init).
         sigma_min, sigma_max: range of the noise levels, log-uniform. Defaults are multiples of the data's
             standard deviation: 0.035 and 5; `sigma_init` 1.5 for a student that starts from a trained teacher,
@@ -152,6 +156,9 @@ def distill(
     sigma_max = 5.0 * sigma_data if sigma_max is None else sigma_max
     if sigma_init is None:
         sigma_init = (1.5 if has_weights(teacher) else 0.5) * sigma_data
+    needs = Needs.of(rule)
+    critic_steps = needs.critic_steps or 3 if critic_steps is None else critic_steps
+    learning_rate = needs.learning_rate or 2e-3 if learning_rate is None else learning_rate
     for name, value in (
         ("learning_rate", learning_rate), ("critic_learning_rate", critic_learning_rate), ("sigma_init", sigma_init),
         ("sigma_min", sigma_min), ("sigma_max", sigma_max), ("ema_halflife", ema_halflife), ("hold", hold),
@@ -160,8 +167,6 @@ def distill(
         _validate.positive(name, value)
     if sigma_min >= sigma_max:
         raise ValueError(f"sigma_min={sigma_min:g} is not below sigma_max={sigma_max:g}")
-    needs = Needs.of(rule)
-    critic_steps = needs.critic_steps if critic_steps is None else critic_steps
     for name, count in (("steps", steps), ("batch_size", batch_size), ("critic_steps", critic_steps),
                         ("evaluate_every", evaluate_every), ("accumulate", accumulate)):
         _validate.whole(name, count)

@@ -63,11 +63,23 @@ class ScoreIdentity(Terms):
 
     alpha = 1/2 has half the exact gradient of the Fisher divergence E_q |D_p - D_q|^2, alpha = 1 is half SIM with
     squared L2, and alpha = 1.2 is the paper's empirical choice.
+
+    Above 1 the first part pushes samples to where the scores differ more, outwards once they are far out, where the
+    second part's pull has faded: a student that leaps away from the data is lost. So it is trained slowly, behind a
+    critic that keeps up; without a teacher's weights to start from, faster runs diverged (notebook 10).
     """
 
     alpha: float = 1.2
     normalise: bool = True
     needs_ratio = False
+
+    @property
+    def critic_steps(self) -> int | None:
+        return 5 if self.alpha > 1 else None
+
+    @property
+    def learning_rate(self) -> float | None:
+        return 5e-4 if self.alpha > 1 else None
 
     def critic_loss(self, batch: Batch) -> Tensor:
         return fake_loss(batch)

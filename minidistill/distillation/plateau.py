@@ -62,10 +62,17 @@ def stop_on_plateau(
 
 
 def run_to_end(state: training.State, update: training.Update, steps: int, *, batch_size: int, **options: Any) -> None:
-    """`training.fit`, with a `Plateau` taken for its end: recorded in the history and saved like any other."""
+    """`training.fit`, with a `Plateau` taken for its end: recorded in the history and saved like any other. A run that
+    ended so stays ended when it is resumed."""
+    checkpoint = options.get("checkpoint")
+    if checkpoint is not None and options.get("resume"):
+        history = training.progress_of(checkpoint)["history"]
+        if history and "plateau" in history[-1]:
+            training.load_state(checkpoint, state)
+            return
     try:
         training.fit(state, update, steps, batch_size=batch_size, **options)
     except Plateau as end:
         state.history.append({"step": state.step, "images": state.step * batch_size, **end.record})
-        if options.get("checkpoint") is not None:
-            training.save_state(options["checkpoint"], state)
+        if checkpoint is not None:
+            training.save_state(checkpoint, state)

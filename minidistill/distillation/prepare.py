@@ -27,7 +27,8 @@ class Needs:
     features: bool = False  # a fake network with `.features(x, sigma, label)`
     pairs: int = 0  # so many pairs of noise and the teacher's samples
     uniform: bool = False  # a number in [0, 1) for each sample
-    critic_steps: int = 3  # unless the caller says how many
+    critic_steps: int | None = None  # critic updates for each of the student's, unless the caller says how many
+    learning_rate: float | None = None  # of the student, unless the caller says which
 
     @property
     def data(self) -> bool:
@@ -38,7 +39,8 @@ class Needs:
     def of(cls, objective: object) -> Needs:
         names = {name: f"needs_{name}" for name in ("ratio", "real", "features", "pairs", "uniform")}
         asked = {name: getattr(objective, attribute, getattr(cls, name)) for name, attribute in names.items()}
-        return cls(**asked, critic_steps=getattr(objective, "critic_steps", cls.critic_steps))
+        return cls(**asked, critic_steps=getattr(objective, "critic_steps", None),
+                   learning_rate=getattr(objective, "learning_rate", None))
 
 
 @dataclass

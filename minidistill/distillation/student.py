@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from minidistill import _validate, training
 from minidistill.networks import Generator
 
+AT_ONCE = 4096  # samples in one call, which bounds what the network's layers hold
+
 
 @dataclass
 class Distilled:
@@ -43,11 +45,15 @@ def draw(
     if steps > calls:
         raise ValueError(f"steps={steps}: this student has {calls}")
     device, rng = next(generator.parameters()).device, training.generator_on("cpu", seed)
-    z, *noises = (torch.randn(n, *generator.shape, generator=rng).to(device) for _ in range(steps))
+    noises = [torch.randn(n, *generator.shape, generator=rng) for _ in range(steps)]
     if label is None and generator.n_classes:
         label = torch.arange(n) % generator.n_classes
-    label = None if label is None else label.to(device)
-    return entrance(generator, z, label, noises).into(generator, label)
+    pieces = []
+    for i in range(0, n, AT_ONCE):
+        z, *later = (noise[i:i + AT_ONCE].to(device) for noise in noises)
+        classes = None if label is None else label[i:i + AT_ONCE].to(device)
+        pieces.append(entrance(generator, z, classes, later).into(generator, classes))
+    return torch.cat(pieces)
 
 
 @dataclass(frozen=True)
