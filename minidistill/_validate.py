@@ -63,12 +63,27 @@ def samples(name: str, x: Tensor, shape: tuple[int, ...] | None = None, *, least
 
 def labels(name: str, label: Tensor, n: int, n_classes: int | None = None) -> None:
     """Raise unless `label` is a tensor (n,) of whole numbers, below `n_classes` where that is known."""
-    if not isinstance(label, Tensor) or label.is_floating_point() or label.shape != (n,):
-        what = f"{label.dtype} of shape {tuple(label.shape)}" if isinstance(label, Tensor) else repr(label)
+    if not isinstance(label, Tensor):
+        raise TypeError(f"{name} is {type(label).__name__}; wanted an integer tensor of shape ({n},)")
+    if label.is_floating_point() or label.shape != (n,):
+        what = f"{label.dtype} of shape {tuple(label.shape)}"
         raise ValueError(f"{name} is {what}; wanted an integer tensor of shape ({n},)")
     if n and (int(label.min()) < 0 or (n_classes is not None and int(label.max()) >= n_classes)):
         wanted = "0 or more" if n_classes is None else f"0 to {n_classes - 1}"
         raise ValueError(f"{name} runs from {int(label.min())} to {int(label.max())}; wanted {wanted}")
+
+
+def fits(network: object, shape: tuple[int, ...], n_classes: int) -> None:
+    """Raise unless the network takes samples of that shape, and n_classes classes or more; none if that is 0."""
+    own, classes = getattr(network, "shape", None), getattr(network, "n_classes", None)
+    if own is None or classes is None:
+        given = type(network).__name__
+        raise TypeError(f"network is {given}; wanted one with .shape and .n_classes, such as MLP or UNet")
+    if tuple(own) != shape:
+        raise ValueError(f"network takes samples of shape {tuple(own)}, but data has {shape}")
+    if bool(classes) != bool(n_classes) or classes < n_classes:
+        raise ValueError(f"network has {classes} classes, but labels has {n_classes} (with the null class of dropped "
+                         "labels); wanted labels for conditional networks, none for others")
 
 
 def broadcast_sigma(sigma: float | Tensor, x: Tensor, *, positive: bool = False) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from minidistill import _validate
-from minidistill.sampling_loop import Advance, Denoise, Denoiser, Report, check_levels, in_chunks, noise_like
+from minidistill._random import noise_like
+from minidistill.sampling_loop import Advance, Denoise, Denoiser, Report, check_levels, in_chunks
 
 
 def gotta_go_fast(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minidistill import _validate
+from minidistill._random import normal
 from minidistill.data import to_float
 
 ROUNDING = 1e-4  # logits' rounding errors above this are avoided by computing them in float64
@@ -100,17 +101,22 @@ class GaussianTeacher:
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n draws of the Gaussian of all data, (n, *shape)."""
         _validate.whole("n", n, least=0)
-        noise = torch.randn(n, self._means.shape[1], generator=generator, dtype=self.dtype, device=self._means.device)
+        noise = normal((n, self._means.shape[1]), self._means.device, self.dtype, generator)
         return self.mean + ((noise * self._variances[0].sqrt().to(noise)) @ self._axes[0].to(noise).mT
                             ).reshape(n, *self.shape)
 
     def log_prob(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """log N(x; mu, Sigma) in nats, (n,). ValueError if Sigma is singular: ask `noised(sigma)` instead."""
+        """log N(x; mu, Sigma) in nats, (n,), of all data, or of each label's class. ValueError if a Sigma that is asked
+        for is singular: use `noised(sigma)` instead."""
         _check_x(self, x)
-        if not bool((self._variances > 0).all()):
-            raise ValueError("log_prob: the covariance is singular; wanted .noised(sigma).log_prob(x) with sigma > 0")
+        if not len(x):
+            return x.new_zeros(0)
         flat, out = x.flatten(1), []
         for row, rows in _groups(self, label, len(x)):
+            if not bool((self._variances[row] > 0).all()):
+                whose = f"class {row - 1}" if row else "all data"
+                raise ValueError(f"log_prob: the covariance of {whose} is singular; "
+                                 "wanted .noised(sigma).log_prob(x) with sigma > 0")
             mean, variance, axes = (t[row].to(x) for t in (self._means, self._variances, self._axes))
             quadratic = (((flat[rows] - mean) @ axes).square() / variance).sum(1)
             out.append(-0.5 * (quadratic + (2 * math.pi * variance).log().sum()))
@@ -152,8 +158,8 @@ class EmpiricalTeacher:
             raise ValueError(f"draws={draws}: wanted an even number, 2 or more")
         self.data, self.shape, self.smoothing = data, tuple(data.shape[1:]), float(smoothing)
         self.top_k, self.chunk = top_k, chunk
-        half = torch.randn(draws // 2, *self.shape, generator=generator, device=data.device)
-        self.noise = torch.cat([half, -half])  # (draws, *shape)
+        half = normal((draws // 2 if smoothing else 0, *self.shape), data.device, torch.get_default_dtype(), generator)
+        self.noise = torch.cat([half, -half])  # (draws, *shape), and none without smoothing
         self._rows = [None if labels is None else (labels == c).nonzero()[:, 0] for c in range(self.n_classes)]
         # Everything is measured from the mean, which takes the common part out of the large numbers.
         totals = [part.double().sum(0) for _, part in self._chunks(None, None)]

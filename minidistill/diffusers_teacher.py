@@ -18,7 +18,7 @@ from minidistill import _validate
 from minidistill.networks import check_input
 from minidistill.processes import TO_X0
 
-#: What diffusers calls the three predictions, and what `processes.py` does.
+#: What diffusers calls the three predictions, and what `conversions.py` does.
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 

@@ -17,10 +17,15 @@ def concrete_log_score(log_prob: Tensor, state: Tensor) -> Tensor:
 
     The entry of x itself is 0. With log p = log p(y) + log q(x_t | y), a teacher's prior and the corruption, this is
     the concrete score of the clean posterior given x_t: the target when distilling an autoregressive teacher
-    (after Zhang 2025, TCSM).
+    (after Zhang 2025, TCSM). ValueError where log p(x) = -inf: there is no ratio to an impossible state (on an
+    accelerator the values are not looked at, and give infinity or NaN).
     """
     _state(log_prob, state)
-    return log_prob - log_prob.gather(-1, state.unsqueeze(-1))
+    own = log_prob.gather(-1, state.unsqueeze(-1))
+    if own.device.type == "cpu" and bool((own == -torch.inf).any()):
+        where = (own.squeeze(-1) == -torch.inf).nonzero()[0].tolist()
+        raise ValueError(f"state at {where} has probability 0; wanted states that can occur, with log_prob above -inf")
+    return log_prob - own
 
 
 def score_entropy_loss(log_scores: Tensor, ratios: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -63,9 +68,16 @@ def generalised_kl_bregman(log_target: Tensor, log_model: Tensor, weights: Tenso
     a, empty = log_target.exp(), log_target == -torch.inf
     d = torch.where(empty, 0.0, log_model - log_target)  # log(s / a)
     near = d.abs() < 1
-    small = torch.where(near, d, 0.0)
-    term = torch.where(near, a * (torch.expm1(small) - small), log_model.exp() - a - a * d)
+    term = torch.where(near, a * _expm1_beyond_first(torch.where(near, d, 0.0)), log_model.exp() - a - a * d)
     return _weighted_sum(torch.where(empty, log_model.exp(), term), weights)
+
+
+def _expm1_beyond_first(d: Tensor) -> Tensor:
+    """e^d - 1 - d for |d| < 1; near 0, where the difference would be rounding, from the series d^2/2 + d^3/6 + ..."""
+    series, few = torch.ones_like(d), torch.where(d.abs() < 0.03, d, 0.0)
+    for k in range(9, 2, -1):
+        series = 1 + few / k * series
+    return torch.where(d.abs() < 0.03, d.square() / 2 * series, torch.expm1(d) - d)
 
 
 def _weighted_sum(terms: Tensor, weights: Tensor | None) -> Tensor:

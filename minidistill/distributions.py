@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minidistill import _validate
+from minidistill._random import home, normal
 
 
 class GaussianMixture:
@@ -117,12 +118,11 @@ class GaussianMixture:
     def sample_with_labels(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Draws (n, d) and the component that each came from, (n,)."""
         _validate.whole("n", n, least=0)
-        component = torch.multinomial(self.weights, n, replacement=True, generator=generator) if n else \
-            torch.zeros(0, dtype=torch.long, device=self.means.device)
-        noise = torch.randn(
-            n, *self.shape, generator=generator, dtype=self.means.dtype, device=self.means.device
-        )
-        step = noise * self._variances[component].sqrt()
+        weights = self.weights.to(home(self.weights.device, generator))
+        component = torch.multinomial(weights, n, replacement=True, generator=generator) if n else torch.zeros(0).long()
+        component = component.to(self.means.device)
+        e = normal((n, *self.shape), self.means.device, self.means.dtype, generator)
+        step = e * self._variances[component].sqrt()
         if self._axes is not None:
             step = torch.einsum("nij,nj->ni", self._axes[component], step)
         return self.means[component] + step, component

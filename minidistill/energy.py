@@ -85,7 +85,7 @@ def distil_energy(
     Returns:
         the averaged (EMA) `EnergyDenoiser`, in eval mode.
     Raises:
-        ValueError, TypeError: data, labels, counts or rates that do not fit.
+        ValueError, TypeError: data, labels, a network, counts or rates that do not fit.
     """
     if not (isinstance(data, Tensor) and data.dtype == torch.uint8):
         _validate.samples("data", data, least=2)
@@ -100,12 +100,10 @@ def distil_energy(
         raise ValueError(f"sigma_min={sigma_min} is above sigma_max={sigma_max}")
     rng = training.generator_on(device, seed)
     torch.manual_seed(seed)  # initial weights
+    n_classes = 0 if labels is None else int(labels.max()) + 1
     if network is None:
-        n_classes = 0 if labels is None else int(labels.max()) + 1
         network = MLP(tuple(data.shape[1:]), hidden=128, depth=3, n_classes=n_classes, out_features=1)
-    if tuple(getattr(network, "shape", ())) != tuple(data.shape[1:]):
-        wanted = f"data has {tuple(data.shape[1:])}"
-        raise ValueError(f"network takes samples of shape {getattr(network, 'shape', None)}, but {wanted}")
+    _validate.fits(network, tuple(data.shape[1:]), n_classes)
     if data.is_floating_point():
         data = data.to(torch.get_default_dtype())
     data, labels = data.to(device), None if labels is None else labels.to(device)

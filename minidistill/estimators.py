@@ -20,11 +20,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from minidistill import _validate
 from minidistill.distributions import GaussianMixture
 from minidistill.f_critics import CHUNK, cut, dual_values, learn_log_ratio, train_critic
 from minidistill.f_divergences import LOG2, F, FDivergence
+
+MOST_POINTS = 10**9  # of a grid
 
 
 class Samples(Protocol):
@@ -72,33 +75,43 @@ def on_grid(
     *,
     bounds: tuple[float | Sequence[float], float | Sequence[float]] | None = None,
     n_cells: int = 400,
+    device: str | torch.device | None = None,
+    progress: bool = True,
 ) -> Estimate:
     """The sum over a regular grid in float64: for smooth densities that vanish at its ends, exact to many digits.
 
+    The number of dimensions is that of p's or q's `.shape`, and of the corners where neither has one.
+
     bounds: the lower and the upper corner, numbers or (d,); None for two Gaussian mixtures' means with 10 standard
-        deviations around them. n_cells: along each axis.
+        deviations around them. n_cells: along each axis; at most 10^9 points in all.
+    device: of the points; None for the mixtures' own, and that of `bounds` where neither p nor q is one.
     """
     _need("p", p, "log_prob")
     _need("q", q, "log_prob")
     _validate.whole("n_cells", n_cells, least=2)
-    d = math.prod(getattr(p, "shape", (1,)))
-    if d > 3:
-        raise ValueError(f"p has {d} dimensions; a grid wants 3 at most: use method='monte_carlo'")
-    low, high = (torch.as_tensor(b, dtype=torch.float64).expand(d) for b in (bounds or _box(p, q)))
+    corners = [torch.as_tensor(corner, dtype=torch.float64) for corner in bounds or ()]
+    d = _dimensions(p, q, corners)
+    if n_cells**d > MOST_POINTS:
+        given = f"n_cells={n_cells} in {d} dimensions is {n_cells**d:.2g} points"
+        raise ValueError(f"{given}; wanted {MOST_POINTS:g} at most")
+    low, high = (corner.expand(d) for corner in corners or _box(p, q))
     if not bool((low < high).all()):
         raise ValueError(f"bounds={bounds!r}: wanted a lower corner below the upper one")
     p, q = (law.to(torch.float64) if isinstance(law, GaussianMixture) else law for law in (p, q))
-    device = p.means.device if isinstance(p, GaussianMixture) else torch.device("cpu")
+    own = [law.means.device for law in (p, q) if isinstance(law, GaussianMixture)]
+    device = torch.device(device) if device is not None else (own or [low.device])[0]
     axes = [torch.linspace(float(a), float(b), n_cells, dtype=torch.float64, device=device)
             for a, b in zip(low, high, strict=True)]
     cell = float(((high - low) / (n_cells - 1)).prod())
-    x = torch.cartesian_prod(*axes).reshape(-1, d)
     value, mass_p, mass_q = 0.0, 0.0, 0.0
-    for part in x.split(CHUNK):
-        log_p, log_q = p.log_prob(part), q.log_prob(part)
+    for start in tqdm(range(0, n_cells**d, CHUNK), disable=not progress, desc="grid", leave=False, delay=2):
+        number = torch.arange(start, min(start + CHUNK, n_cells**d), device=device)
+        # The digits of a point's number in base n_cells are its places along the axes, the last axis first.
+        x = torch.stack([axis[number // n_cells ** (d - 1 - k) % n_cells] for k, axis in enumerate(axes)], 1)
+        log_p, log_q = p.log_prob(x), q.log_prob(x)
         value += float(_tangent_free(divergence, log_p, log_q).sum()) * cell
         mass_p, mass_q = mass_p + float(log_p.exp().sum()) * cell, mass_q + float(log_q.exp().sum()) * cell
-    return Estimate(value, 0.0, len(x), outside=max(0.0, 1 - mass_p, 1 - mass_q))
+    return Estimate(value, 0.0, n_cells**d, outside=max(0.0, 1 - mass_p, 1 - mass_q))
 
 
 def monte_carlo(
@@ -146,8 +159,9 @@ def variational(
     """The dual sup_T E_p T - E_q f*(T) with a trained critic, on held-out samples: a lower bound in expectation
     (Nguyen 2010; the divergence of f-GAN and of Fan 2022).
 
-    n: draws of each side where p and q are distributions. held_out: the share kept for the answer, the last one, so
-    samples must come in random order.
+    n: draws of each side where p and q are distributions. held_out: the share kept for the answer.
+    generator: for draws, and to shuffle samples that are given; without it the last of them are held out, and they
+    must come in random order.
     training: options of `train_critic`.
     """
     train, test = _split(p, q, n, held_out, generator)
@@ -168,7 +182,7 @@ def with_ratio(
     """f of a learned ratio, averaged over held-out samples of both sides as `monte_carlo` does with the exact one.
 
     log_ratio: x -> log p(x)/q(x), (n,); None learns it by `learn_log_ratio`, and all samples are the answer's if it is
-        given. A wrong ratio errs to either side: this is no bound.
+        given. A wrong ratio errs to either side: this is no bound. held_out, generator: as in `variational`.
     """
     if log_ratio is None:
         train, test = _split(p, q, n, held_out, generator)
@@ -199,10 +213,11 @@ def kl_with_reference(
     close to p makes easy, where q may be far; a lower bound on held-out samples.
 
     reference: None for the Gaussian with the mean and the covariance of the samples that the critic is trained on.
+    generator: for the reference's draws, and to shuffle the samples; without it they must come in random order.
     """
     _validate.samples("samples_p", samples_p, least=8)
     _need("q", q, "log_prob")
-    train, test = cut(samples_p, held_out)
+    train, test = cut(samples_p, held_out, generator)
     g = reference if reference is not None else _gaussian_fit(train)
     v = train_critic(F["forward_kl"], train, g.sample(len(train), generator), **training)
     of_g = g.sample(len(test), generator)
@@ -247,7 +262,8 @@ def _split(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(train_p, train_q), (test_p, test_q)."""
     (train_p, test_p), (train_q, test_q) = (
-        cut(draw_samples(name, law, n, generator), held_out) for name, law in (("p", p), ("q", q))
+        cut(draw_samples(name, law, n, generator), held_out, generator if isinstance(law, Tensor) else None)
+        for name, law in (("p", p), ("q", q))
     )
     return (train_p, train_q), (test_p, test_q)
 
@@ -264,7 +280,7 @@ def _gaussian_fit(x: Tensor) -> GaussianMixture:
     return GaussianMixture(x.mean(0, keepdim=True), torch.cov(x.T).reshape(1, x.shape[1], x.shape[1]))
 
 
-def _box(p: Density, q: Density) -> tuple[list[float], list[float]]:
+def _box(p: Density, q: Density) -> tuple[Tensor, Tensor]:
     low, high = [], []
     for name, law in (("p", p), ("q", q)):
         if not isinstance(law, GaussianMixture):
@@ -272,7 +288,25 @@ def _box(p: Density, q: Density) -> tuple[list[float], list[float]]:
         reach = 10 * law.covs.diagonal(dim1=1, dim2=2).sqrt()  # (k, d)
         low.append((law.means - reach).min(0).values.double().cpu())
         high.append((law.means + reach).max(0).values.double().cpu())
-    return torch.stack(low).min(0).values.tolist(), torch.stack(high).max(0).values.tolist()
+    return torch.stack(low).min(0).values, torch.stack(high).max(0).values
+
+
+def _dimensions(p: Density, q: Density, corners: list[Tensor]) -> int:
+    """Of the space that p and q live in; corners must be numbers, or have that many of them."""
+    known = {name: math.prod(law.shape) for name, law in (("p", p), ("q", q)) if hasattr(law, "shape")}
+    given = {corner.numel() for corner in corners if corner.ndim}
+    if len(set(known.values())) > 1:
+        raise ValueError(f"p has {known['p']} dimensions and q {known['q']}; wanted equal numbers")
+    if not known and not given:
+        raise ValueError("bounds: neither p nor q has a .shape that tells the number of dimensions; wanted corners "
+                         "that do, ([low, ...], [high, ...])")
+    d = next(iter(known.values()), max(given, default=1))
+    if d > 3:
+        raise ValueError(f"{next(iter(known), 'bounds')} has {d} dimensions; a grid wants 3 at most: "
+                         "use method='monte_carlo'")
+    if given - {d}:
+        raise ValueError(f"bounds: a corner has {min(given - {d})} numbers; wanted {d}, one a dimension")
+    return d
 
 
 def _need(name: str, law: object, *methods: str) -> None:

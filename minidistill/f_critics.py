@@ -35,12 +35,14 @@ def train_critic(
     validation: float = 0.2,
     check_every: int = 50,
     seed: int = 0,
+    shuffle: bool = False,
     progress: bool = True,
 ) -> nn.Module:
     """Maximise the dual over v(x) by Adam with a rate that falls to 0; returns the critic of the best validation.
 
     critic: a module (n, *shape) -> (n,), trained in place; None for a small `Critic`.
-    validation: the share of the samples that picks the step to keep.
+    validation: the share of the samples that picks the step to keep: the last ones, so they must come in random
+        order, or be shuffled first (by `seed`) with `shuffle=True`.
     Raises ValueError for total variation, whose slope is flat: learn the ratio instead.
     """
     _validate.samples("samples_p", samples_p, least=8)
@@ -50,8 +52,9 @@ def train_critic(
     _validate.positive("learning_rate", learning_rate)
     if float(divergence.log_weight(torch.zeros(()))) == -math.inf:
         raise ValueError(f"{divergence.name} has a flat slope, which trains no critic; wanted method='ratio'")
-    (train_p, check_p), (train_q, check_q) = (cut(x, validation) for x in (samples_p, samples_q))
     rng = torch.Generator().manual_seed(seed)
+    order = rng if shuffle else None
+    (train_p, check_p), (train_q, check_q) = (cut(x, validation, order) for x in (samples_p, samples_q))
     critic = Critic(torch.cat([train_p, train_q]), seed=seed) if critic is None else critic
     optimizer = torch.optim.Adam(critic.parameters(), learning_rate, betas=(0.9, 0.99))
     best, kept = -math.inf, copy.deepcopy(critic.state_dict())
@@ -108,9 +111,12 @@ class Critic(nn.Module):
         return self.layers((x.flatten(1) - self.mean) / self.std).flatten()
 
 
-def cut(x: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Everything but the last `share` of the samples, and that; so the samples must come in random order."""
+def cut(x: Tensor, share: float, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Everything but the last `share` of the samples, and that; so the samples must come in random order, unless a
+    generator is there to shuffle them."""
     if not 0 < share < 1:
         raise ValueError(f"held_out or validation is {share!r}; wanted a share between 0 and 1")
+    if generator is not None:
+        x = x[torch.randperm(len(x), generator=generator, device=generator.device).to(x.device)]
     kept = min(max(2, round(len(x) * (1 - share))), len(x) - 2)
     return x[:kept], x[kept:]

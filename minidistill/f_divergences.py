@@ -257,15 +257,27 @@ def alpha_divergence(a: float) -> FDivergence:
     if a in (0, 1):  # the limits, up to a multiple of r - 1, which no divergence sees
         return replace(F["reverse_kl" if a == 0 else "forward_kl"], name=f"alpha({a:g})")
 
+    def perspective(log_p: Tensor, log_q: Tensor) -> Tensor:
+        p, q = log_p.exp(), log_q.exp()
+        # Next to a = 1 and a = 0 the power r^a differs little from r and from 1, and dividing by a - 1 or a would
+        # magnify the rounding of that difference.
+        if abs(a - 1) < 0.1:
+            l = torch.where(p == 0, 0.0, gap(log_p, log_q))
+            return (p * torch.expm1((a - 1) * l) / (a - 1) - (p - q)) / a
+        if abs(a) < 0.1:
+            l = torch.where(q == 0, 0.0, gap(log_p, log_q))
+            return (q * torch.expm1(a * l) / a - (p - q)) / (a - 1)
+        power = torch.where(torch.maximum(log_p, log_q) == -math.inf, log_p, a * log_p + (1 - a) * log_q)
+        return (power.exp() - a * p - (1 - a) * q) / (a * (a - 1))
+
     def dual(u: Tensor) -> Tensor:
-        w = 1 + (a - 1) * u
-        value = (w.clamp(min=0) ** (a / (a - 1)) - 1) / a
-        return value if a > 1 else _where(u, w >= 0, value, math.inf)
+        w = (a - 1) * u
+        value = torch.expm1(a / (a - 1) * torch.log1p(w.clamp(min=-1))) / a
+        return value if a > 1 else _where(u, w >= -1, value, math.inf)
 
     return FDivergence(
         f"alpha({a:g})",
-        lambda p, q: (torch.exp(torch.where(torch.maximum(p, q) == -math.inf, p, a * p + (1 - a) * q))
-                      - a * p.exp() - (1 - a) * q.exp()) / (a * (a - 1)),
+        perspective,
         lambda l: torch.expm1((a - 1) * l) / (a - 1),
         lambda l: a * l,
         lambda l: torch.expm1(a * l) / a,

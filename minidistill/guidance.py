@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from minidistill import _validate
+from minidistill._random import noise_like
 from minidistill.data import to_float
 from minidistill.score_fields import call, column, level, per_sample, value_and_gradient
 
@@ -151,7 +152,7 @@ def calibrated(
             x0, mine = to_float(data[start : start + batch_size]), group[start : start + batch_size]
             slope = torch.zeros_like(x0)
             for _ in range(pairs):
-                e = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device)
+                e = noise_like(x0, generator)
                 for x in (x0 + sigma * e, x0 - sigma * e):
                     label = None if labels is None else mine
                     slope += (x - call(denoiser, x, sigma, label)) / (2 * pairs * sigma)

@@ -53,6 +53,8 @@ def log_likelihood(
     _validate.samples("x", x, least=0)
     exact = _validate.choose("divergence", divergence, DIVERGENCES)
     _validate.whole("probes", probes)
+    if batch_size is not None:
+        _validate.whole("batch_size", batch_size)
     if label is not None:
         _validate.labels("label", label, len(x))
     if sigmas is None:
@@ -62,7 +64,6 @@ def log_likelihood(
         raise ValueError(f"sigmas={sigmas.tolist()}: wanted two levels or more, rising and > 0")
     variance = float(sigmas[-1]) ** 2 + float(getattr(denoiser, "sigma_data", None) or 0.0) ** 2
     size = batch_size or max(len(x), 1)
-    _validate.whole("batch_size", size)
     parts, dim = [x.new_zeros(0)], x[:1].numel()
     logs = sigmas.log().tolist()
     with tqdm(total=-(-len(x) // size) * (len(logs) - 1), disable=not progress, desc="likelihood") as bar:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from minidistill import _validate
+from minidistill._random import home, noise_like
 from minidistill.estimators import Estimate
 from minidistill.score_distances import column
 
@@ -25,6 +26,8 @@ class Levels:
     law: "log_logistic" puts the draws near the data's own scale, where scores differ; "log_uniform" is MINDE's.
     stratified: one draw in each n-th part of the law, which cuts the variance; off, they are independent.
     tail: add the part above sigma_max, where gaps fall as 1 / sigma^2: half of the integrand there.
+    batch_size: draws that the denoisers see at once; rounded down to an even number, at least 2, where they share a
+        level, as all do in the tail.
     """
 
     n: int = 20_000
@@ -50,24 +53,33 @@ def integrate(
         raise ValueError(f"sigma_min={low:g} is not below sigma_max={high:g}")
     count = at.n_levels or at.n
     each = at.n // count
-    place = _uniform(count, x0, generator)
+    even = max(2, at.batch_size // 2 * 2)  # `from_scores` halves what shares a level
+    where = home(x0.device, generator)
+    place = torch.rand(count, generator=generator, dtype=torch.float64, device=where).to(x0.device)
     place = (torch.arange(count, device=place.device) + place) / count if at.stratified else place
     sigma, density = LAWS[at.law](place, low, high, scale)
-    order = torch.randperm(count * each, generator=generator, device=_home(x0, generator)).to(x0.device)
-    values = []
-    parts = zip(order.split(each if at.n_levels else at.batch_size),
-                sigma.repeat_interleave(each).split(each if at.n_levels else at.batch_size), strict=True)
+    order = torch.randperm(count * each, generator=generator, device=where).to(x0.device)
+    blocks = _blocks(len(order), each, even) if at.n_levels else _blocks(len(order), len(order), at.batch_size)
+    sigma, values = sigma.repeat_interleave(each), []
     with tqdm(total=len(order), disable=not at.progress, desc="noise levels", leave=False, delay=2) as bar:
-        for rows, levels in parts:
+        for block in blocks:
+            rows, levels = order[block], sigma[block]
             values.append(gap(rows, levels.to(x0)).double() / levels.square())
             bar.update(len(rows))
     y = torch.cat(values).reshape(count, each).mean(1) / density  # (count,), one number a level
     value, variance = float(y.mean()), _variance_of_mean(y, at.stratified)
     if at.tail:
-        rows = order[: max(2, 2 * (len(order) // 20))]
-        beyond = gap(rows, torch.full((len(rows),), high).to(x0)).double() / (2 * high**2)
-        value, variance = value + float(beyond.mean()), variance + float(beyond.var()) / len(rows)
+        parts = order[: max(2, 2 * (len(order) // 20))].split(even)
+        gaps = [gap(rows, torch.full((len(rows),), high).to(x0)).double() for rows in parts]
+        beyond = torch.cat(gaps) / (2 * high**2)
+        value, variance = value + float(beyond.mean()), variance + float(beyond.var()) / len(beyond)
     return Estimate(value, variance**0.5, len(order))
+
+
+def _blocks(n: int, group: int, size: int) -> list[slice]:
+    """Slices of 0 to n - 1 in order, of `size` at most, none across two groups of `group` neighbours."""
+    return [slice(start, min(start + size, first + group, n))
+            for first in range(0, n, group) for start in range(first, min(first + group, n), size)]
 
 
 def _log_uniform(place: Tensor, low: float, high: float, scale: float) -> tuple[Tensor, Tensor]:
@@ -117,17 +129,4 @@ def levels_from(options: dict[str, Any]) -> Levels:
 
 def noised(x0: Tensor, rows: Tensor, sigma: Tensor, generator: torch.Generator | None) -> Tensor:
     chosen = x0[rows % len(x0)]
-    return chosen + column(sigma, chosen) * normal(chosen, generator)
-
-
-def _home(x: Tensor, generator: torch.Generator | None) -> torch.device:
-    """Numbers are drawn where the generator lives, so that one seed means one draw on every device."""
-    return x.device if generator is None else generator.device
-
-
-def normal(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=_home(x, generator)).to(x)
-
-
-def _uniform(n: int, x: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.rand(n, generator=generator, dtype=torch.float64, device=_home(x, generator)).to(x.device)
+    return chosen + column(sigma, chosen) * noise_like(chosen, generator)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minidistill.sampling_loop import Denoise, Denoiser, Step, integrate, noise_like, slope
+from minidistill._random import noise_like
+from minidistill.sampling_loop import Denoise, Denoiser, Step, integrate, slope
 
 Rng = torch.Generator | None
 

@@ -88,8 +88,7 @@ def in_chunks(
     _validate.samples("x", x, least=0)
     if batch_size is not None:
         _validate.whole("batch_size", batch_size)
-    if label is not None and label.shape[:1] != x.shape[:1]:
-        raise ValueError(f"label has shape {tuple(label.shape)}; wanted one for each of the {len(x)} samples")
+    check_label(x, label)
     evaluated = 0
     report.calls, report.levels, report.attempts, report.rejected = 0.0, [], 0.0, 0.0
     parts = x.split(batch_size or max(len(x), 1))
@@ -109,6 +108,14 @@ def in_chunks(
     return torch.cat(out, dim) if len(out) > 1 else out[0]
 
 
+def check_label(x: Tensor, label: Tensor | None) -> None:
+    """Raise unless the label is None or a tensor (n, ...)."""
+    if label is not None and not isinstance(label, Tensor):
+        raise TypeError(f"label is {type(label).__name__}; wanted a tensor, one entry for each of the {len(x)} samples")
+    if label is not None and label.shape[:1] != x.shape[:1]:
+        raise ValueError(f"label has shape {tuple(label.shape)}; wanted one for each of the {len(x)} samples")
+
+
 def check_levels(x: Tensor, sigmas: Tensor) -> Tensor:
     """The levels in x's dtype and on its device, (m+1,), checked to descend to 0."""
     _validate.samples("x", x, least=0)
@@ -123,7 +130,3 @@ def check_levels(x: Tensor, sigmas: Tensor) -> Tensor:
 def slope(denoise: Denoise, x: Tensor, sigma: Tensor) -> Tensor:
     """dx / dsigma of the probability flow: (x - D) / sigma, the predicted noise (Karras 2022, equation 3)."""
     return (x - denoise(x, sigma)) / sigma
-
-
-def noise_like(x: Tensor, rng: torch.Generator | None) -> Tensor:
-    return torch.randn(x.shape, generator=rng, dtype=x.dtype, device=x.device)

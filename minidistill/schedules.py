@@ -13,7 +13,9 @@ from torch import Tensor
 
 from minidistill import _validate
 from minidistill.ode_samplers import heun
-from minidistill.sampling_loop import Denoiser
+from minidistill.sampling_loop import Denoiser, check_label
+
+PATH_ENTRIES = 2**24  # numbers of a fine path in memory at once
 
 
 def karras_sigmas(
@@ -70,6 +72,7 @@ def optimal_sigmas(
     order: int = 1,
     fine: int = 256,
     label: Tensor | None = None,
+    batch_size: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """n levels at which all steps of a solver of that order err alike, measured on this denoiser, then 0: (n+1,).
@@ -84,6 +87,8 @@ def optimal_sigmas(
         order: of the one-step solver that the levels are for: 1 for Euler and DDIM, 2 for Heun. DPM-Solver++(2M) errs
             in another variable and wants steps of smoothly varying size: log-linear levels serve it better.
         fine: levels of the fine path, which costs 2 * fine - 1 network calls on the batch.
+        batch_size: samples whose paths are held at once, (fine, batch_size, *shape) in float64; None for as many as
+            keep that below 2^24 numbers, 128 MiB (a few times that in all).
     Raises:
         ValueError: bad counts or levels, x not finite or empty, order not 1 or 2.
     """
@@ -91,16 +96,24 @@ def optimal_sigmas(
     _validate.samples("x", x)
     _validate.choose("order", str(order), dict.fromkeys("12"))
     _validate.whole("fine", fine, least=8)
+    if batch_size is not None:
+        _validate.whole("batch_size", batch_size)
+    check_label(x, label)
     grid = log_linear_sigmas(fine, sigma_min, sigma_max, torch.float64)
     levels = grid[:-1].to(x.device)
 
     def wide(u: Tensor, *rest: Tensor) -> Tensor:  # rounding would be divided by small steps
         return denoiser(u.to(x.dtype), rest[0].to(x.dtype), *rest[1:]).double()
 
-    derivative = heun(wide, x.double(), grid, label=label, trajectory=True, early_stop=True).flatten(1)
-    for _ in range(order + 1):
-        (derivative,) = torch.gradient(derivative, spacing=(levels,), dim=0, edge_order=2)
-    rate = derivative.square().mean(1).pow(1 / (2 * order + 2)).cpu()  # e^(1/(order+1))
+    squares = torch.zeros_like(levels)  # of the derivative at each level, summed over samples and dimensions
+    size = batch_size or max(1, PATH_ENTRIES // (fine * x[0].numel()))
+    for start in range(0, len(x), size):
+        part, mine = x[start : start + size].double(), None if label is None else label[start : start + size]
+        derivative = heun(wide, part, grid, label=mine, trajectory=True, early_stop=True).flatten(1)
+        for _ in range(order + 1):
+            (derivative,) = torch.gradient(derivative, spacing=(levels,), dim=0, edge_order=2)
+        squares += derivative.square().sum(1)
+    rate = (squares / x.numel()).pow(1 / (2 * order + 2)).cpu()  # e^(1/(order+1))
     log_level = levels.cpu().log()
     clock = torch.cat([rate.new_zeros(1), torch.cumsum(-(rate[1:] + rate[:-1]) / 2 * levels.cpu().diff(), 0)])
     if clock[-1] == 0:  # the paths are straight: any levels do

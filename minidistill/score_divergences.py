@@ -25,9 +25,10 @@ from torch.nn.functional import logsigmoid
 from tqdm.auto import tqdm
 
 from minidistill import _validate
+from minidistill._random import noise_like
 from minidistill.estimators import Estimate, Samples, draw_samples
 from minidistill.f_divergences import FDivergence, Function
-from minidistill.noise_integral import integrate, levels_from, noised, normal
+from minidistill.noise_integral import integrate, levels_from, noised
 from minidistill.score_distances import ScoreDistance, column, squared_l2, sum_squares
 
 Denoise = Callable[..., Tensor]
@@ -68,7 +69,7 @@ def fisher(
     bar = tqdm(total=len(levels) * len(x0), disable=not progress, desc="Fisher", leave=False, delay=2)
     for sigma, weight in zip(levels, w, strict=True):
         for rows in torch.arange(len(x0), device=x0.device).split(batch_size):
-            x = x0[rows] + sigma * normal(x0[rows], generator)
+            x = x0[rows] + sigma * noise_like(x0[rows], generator)
             gap = (denoiser_p(x, float(sigma)) - denoiser_q(x, float(sigma))) / sigma**2
             values[rows] += (weight * distance.value(gap)).double()
             bar.update(len(rows))
@@ -166,18 +167,20 @@ def mutual_information_joint(
     """I(X; Y) from a joint score and both conditional ones (MINDE-j): the integral of sigma times
     E |s(x_sigma, y_sigma) - [s(x_sigma | y), s(y_sigma | x)]|^2, conditions clean.
 
-    joint: D(z_sigma, sigma) on z = [x, y], (n, dx + dy), flattened.
-    x_given_y: D(x_sigma, sigma, y), as in `mutual_information`; y_given_x: D(y_sigma, sigma, x).
+    x, y: (m, *shape) each, shapes of their own.
+    joint: D(z_sigma, sigma) on z = [x, y], each flattened, (n, dx + dy).
+    x_given_y: D(x_sigma, sigma, y), as in `mutual_information`; y_given_x: D(y_sigma, sigma, x); these see the shapes.
     """
     _pairs(x, y)
-    x, y = x.flatten(1), y.flatten(1)
-    z = torch.cat([x, y], 1)
+    _validate.samples("y", y)
+    z = torch.cat([x.flatten(1), y.flatten(1)], 1)
 
     def gap(rows: Tensor, sigma: Tensor) -> Tensor:
         zt, rows = noised(z, rows, sigma, generator), rows % len(x)
-        xt, yt = zt.tensor_split([x.shape[1]], 1)
-        apart = torch.cat([x_given_y(xt, sigma, y[rows]), y_given_x(yt, sigma, x[rows])], 1)
-        return sum_squares(joint(zt, sigma) - apart)
+        xt, yt = zt.tensor_split([x[0].numel()], 1)
+        of_x = x_given_y(xt.reshape(-1, *x.shape[1:]), sigma, y[rows])
+        of_y = y_given_x(yt.reshape(-1, *y.shape[1:]), sigma, x[rows])
+        return sum_squares(joint(zt, sigma) - torch.cat([of_x.flatten(1), of_y.flatten(1)], 1))
 
     return integrate(gap, z, levels_from(levels), generator)
 
@@ -216,7 +219,7 @@ def from_scores(
     def gap(rows: Tensor, sigma: Tensor) -> Tensor:
         of_p, of_q = rows.tensor_split([len(rows) // 2])
         both = torch.cat([x_p[of_p % len(x_p)], x_q[of_q % len(x_q)]])
-        x = both + column(sigma, both) * normal(both, generator)
+        x = both + column(sigma, both) * noise_like(both, generator)
         level = float(sigma[0])  # the rows of one call share their level
         v = ratio(x, level)
         h = torch.exp(divergence.log_weight(v) + logsigmoid(-v) + math.log(2))  # h q / m, m = (p + q) / 2

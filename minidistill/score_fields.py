@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from minidistill import _validate
+from minidistill._random import home
 
 Denoise = Callable[..., Tensor]
 vjp: Callable[..., Any] = torch.func.vjp
@@ -24,8 +25,7 @@ vmap = torch.func.vmap
 
 def rademacher(x: Tensor, rng: torch.Generator | None = None) -> Tensor:
     """Random signs shaped like x: slices v with E v v' = I and the least variance of v'Jv (Hutchinson 1990)."""
-    where = x.device if rng is None else rng.device
-    return (2 * torch.randint(2, x.shape, generator=rng, device=where) - 1).to(x)
+    return (2 * torch.randint(2, x.shape, generator=rng, device=home(x.device, rng)) - 1).to(x)
 
 
 def pullback(
@@ -173,7 +173,10 @@ def local_step(
 # ---------------------------------------------------------------------------------- what the losses share
 
 def call(denoiser: Denoise, x: Tensor, sigma: float | Tensor, label: Tensor | None) -> Tensor:
-    """D(x, sigma, label), shaped like x or an error: a wrong shape would be broadcast into a wrong loss."""
+    """D(x, sigma, label), shaped like x or an error: a wrong shape would be broadcast into a wrong loss. TypeError for
+    a label that is neither a tensor nor None."""
+    if label is not None and not isinstance(label, Tensor):
+        raise TypeError(f"label is {type(label).__name__}; wanted a tensor ({len(x)},) or None")
     out = denoiser(x, sigma, label)
     if out.shape != x.shape:
         raise ValueError(f"denoiser returned shape {tuple(out.shape)}; wanted {tuple(x.shape)}, that of x")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minidistill import _validate
+from minidistill._random import noise_like
 from minidistill.ode_samplers import ddim, heun_step
 from minidistill.sampling_loop import (
     Advance,
@@ -23,7 +24,6 @@ from minidistill.sampling_loop import (
     check_levels,
     in_chunks,
     integrate,
-    noise_like,
 )
 
 Rng = torch.Generator | None

@@ -117,7 +117,7 @@ def train_denoiser(
     torch.manual_seed(seed)  # initial weights and dropout
     if network is None:
         network = MLP(tuple(data.shape[1:]), hidden=256, depth=3, n_classes=n_classes)
-    _fits(network, data, n_classes)
+    _validate.fits(network, tuple(data.shape[1:]), n_classes)
     if data.is_floating_point():
         data = data.to(torch.get_default_dtype())  # the networks' own
     data, labels = data.to(device), None if labels is None else labels.to(device)
@@ -164,18 +164,6 @@ def train_denoiser(
     state = training.State({"net": denoiser, "ema": ema}, {"net": optimizer}, rng, config)
     training.fit(state, update, steps, batch_size=batch_size, **({"description": "teacher"} | fit_options))
     return ema
-
-
-def _fits(network: nn.Module, data: Tensor, n_classes: int) -> None:
-    shape, classes = getattr(network, "shape", None), getattr(network, "n_classes", None)
-    if shape is None or classes is None:
-        given = type(network).__name__
-        raise TypeError(f"network is {given}; wanted one with .shape and .n_classes, such as MLP or UNet")
-    if tuple(shape) != tuple(data.shape[1:]):
-        raise ValueError(f"network takes samples of shape {tuple(shape)}, but data has {tuple(data.shape[1:])}")
-    if bool(classes) != bool(n_classes) or classes < n_classes:
-        raise ValueError(f"network has {classes} classes, but labels has {n_classes} (with the null class of dropped "
-                         "labels); wanted labels for conditional networks, none for others")
 
 
 def _standard_deviation(data: Tensor) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minidistill import _validate
 from minidistill._pairs import distances, largest, probabilities
+from minidistill._random import normal
 from minidistill.entropic import sinkhorn, sinkhorn_plan
 from minidistill.kernels import (
     KERNELS,
@@ -172,9 +173,7 @@ def _flat(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def _directions(x: Tensor, n_projections: int, generator: torch.Generator | None) -> Tensor:
     """Random unit vectors (d, n_projections)."""
     _validate.whole("n_projections", n_projections)
-    # Drawn where the generator lives, so that one seed means one set of directions on every device.
-    home = generator.device if generator is not None else x.device
-    directions = torch.randn(x.shape[1], n_projections, generator=generator, device=home).to(x)
+    directions = normal((x.shape[1], n_projections), x.device, torch.get_default_dtype(), generator).to(x)
     return directions / directions.norm(dim=0)
 
 

@@ -3,11 +3,27 @@
 import math
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minidistill.distributions import GaussianMixture, ring
 from minidistill.networks import MLP, Denoiser
 from minidistill.processes import PROCESSES, cosine, ddpm, edm, interpolant, sub_vp, ve, vp
 from minidistill.samplers import karras_sigmas
+
+
+class LargestTensor(TorchDispatchMode):
+    """`elements`: how many the largest tensor has that is made inside the `with`."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            fresh = isinstance(t, torch.Tensor) and all(
+                not isinstance(a, torch.Tensor) or a.untyped_storage().data_ptr() != t.untyped_storage().data_ptr()
+                for a in args)
+            self.elements = max(self.elements, t.numel()) if fresh else self.elements
+        return out
 
 
 def f64(values):

@@ -7,13 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from minidistill import samplers
 from minidistill.data import to_float
 from minidistill.distributions import GaussianMixture
 from minidistill.teachers import EmpiricalTeacher, GaussianTeacher
-from tests.helpers import f64, normal, rng
+from tests.helpers import LargestTensor, f64, normal, rng
 
 
 def cloud(n=60, dim=3, seed=0):
@@ -112,6 +111,34 @@ def test_a_singular_fit_denoises_and_refuses_a_density():
     assert teacher.noised(0.1).log_prob(landed).isfinite().all()
 
 
+def test_a_singular_class_is_named_and_does_not_stop_the_others():
+    """Class 1 is one point three times; all data and class 0 have densities, and only class 1 has none."""
+    data = torch.cat([cloud(30, 2), torch.ones(3, 2).double()])
+    teacher = GaussianTeacher(data, torch.arange(33) // 30)
+    x = cloud(5, 2, seed=3)
+    torch.testing.assert_close(teacher.log_prob(x), GaussianTeacher(data).log_prob(x))
+    zeros = torch.zeros(5).long()
+    torch.testing.assert_close(teacher.log_prob(x, zeros), GaussianTeacher(data[:30]).log_prob(x))
+    with pytest.raises(ValueError, match=r"of class 1 is singular; wanted \.noised"):
+        teacher.log_prob(x, torch.tensor([0, 1, 0, 0, 0]))
+    with pytest.raises(ValueError, match="of all data is singular"):
+        GaussianTeacher(data[30:], zeros[:3]).log_prob(x)
+    assert teacher.noised(0.1).log_prob(x, zeros + 1).isfinite().all()
+    assert teacher.log_prob(x[:0], zeros[:0]).shape == (0,)
+
+
+def test_without_smoothing_nothing_is_drawn():
+    generator = rng()
+    before, own = generator.get_state(), torch.get_rng_state()
+    plain = EmpiricalTeacher(cloud(), generator=generator)
+    EmpiricalTeacher(cloud())
+    assert torch.equal(generator.get_state(), before)
+    assert torch.equal(torch.get_rng_state(), own)
+    assert plain.noise.shape == (0, 3)
+    smoothed = EmpiricalTeacher(cloud(), 0.1, generator=generator)
+    assert torch.equal(smoothed.noise[:8], torch.randn(8, 3, generator=rng()))
+
+
 # ---------------------------------------------------------------------------------- the data set itself
 
 @settings(max_examples=25, deadline=None)
@@ -171,25 +198,12 @@ def test_top_k_is_the_softmax_over_the_nearest():
 
 def test_memory_is_bounded_by_the_chunk():
     """No tensor that is made along the way is larger than the bytes of a few chunks, however many data there are."""
-
-    class Largest(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for t in out if isinstance(out, (tuple, list)) else [out]:
-                fresh = isinstance(t, torch.Tensor) and all(
-                    not isinstance(a, torch.Tensor) or a.untyped_storage().data_ptr() != t.untyped_storage().data_ptr()
-                    for a in args)
-                self.elements = max(self.elements, t.numel()) if fresh else self.elements
-            return out
-
     data, x = normal(4000, 30, dtype=torch.float32), normal(16, 30, dtype=torch.float32)
     labels = torch.arange(4000) % 2
     cases = ({}, ()), ({"top_k": 20}, ()), ({"labels": labels}, (labels[:16],)), ({"smoothing": 0.3}, ())
     for options, call in cases:
         teacher = EmpiricalTeacher(data, chunk=50, **options)
-        with Largest() as mode:
+        with LargestTensor() as mode:
             teacher(x, 0.1, *call)
         assert 16 * 30 <= mode.elements <= max(50 * 30, 16 * (20 + 50), 2000), options
 

@@ -1,6 +1,8 @@
 """The f-divergence table and its families, each column against autograd, quadrature and textbook formulas."""
 
+import decimal
 import math
+from decimal import Decimal
 
 import pytest
 import torch
@@ -388,6 +390,42 @@ def test_float32_columns_are_right_at_extreme_ratios(name, log_r):
         got = float(column(*(torch.tensor(a) for a in arguments)))
         wanted = exact if abs(exact) < 1e38 else math.copysign(math.inf, exact)
         assert got == pytest.approx(wanted, rel=2e-5, abs=1e-30)
+
+
+@pytest.mark.parametrize("near", [0.0, 1.0])
+@pytest.mark.parametrize("distance", [1e-9, -1e-7, 1e-6, -1e-4, 0.01, 0.09, -0.11])
+def test_alpha_next_to_a_kl_keeps_its_digits_in_float32(near, distance):
+    """Columns at r = e^-3 to e^3 against 50 digits of (r^a - a r - (1 - a)) / (a (a - 1)) and its derivatives."""
+    a = near + distance
+    l = torch.tensor([-3.0, -1.0, 0.5, 3.0])
+    row, zero = alpha_divergence(a), torch.zeros(4)
+    with decimal.localcontext(decimal.Context(50)):
+        b = Decimal(a)
+        r = [Decimal(each).exp() for each in l.tolist()]
+        f = [float((x**b - b * x - (1 - b)) / (b * (b - 1))) for x in r]
+        slope = [float((x ** (b - 1) - 1) / (b - 1)) for x in r]
+        cost = [float((x**b - 1) / b) for x in r]
+        u = torch.tensor([-2.0, -0.5, 0.3, 0.6])
+        dual = [float(((1 + (b - 1) * Decimal(v)) ** (b / (b - 1)) - 1) / b) for v in u.tolist()]
+    for got, wanted in ((row.perspective(l, zero), f), (row.slope(l), slope), (row.cost(l), cost),
+                        (row.conjugate(u), dual)):
+        torch.testing.assert_close(got, torch.tensor(wanted), rtol=2e-5, atol=0)
+    scaled = row.perspective(l - 2, zero - 2) * math.exp(2)  # q f(p / q) with q not 1
+    torch.testing.assert_close(scaled, torch.tensor(f), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("a", [-0.05, 0.05, 0.95, 1.05])
+def test_alpha_next_to_a_kl_at_the_ends(a):
+    """Mass that one side alone holds costs 1 / a or 1 / (1 - a), infinity for a negative one; no gradient is NaN."""
+    row = alpha_divergence(a)
+    assert row.at_zero == pytest.approx(1 / a if a > 0 else math.inf)
+    assert row.at_infinity == pytest.approx(1 / (1 - a) if a < 1 else math.inf)
+    log_p = f64([-math.inf, -math.inf, 0.0, -800.0]).requires_grad_()
+    log_q = f64([-math.inf, 0.0, -1.0, 0.0])
+    value = row.perspective(log_p, log_q)
+    assert_close(value[[0, 1, 3]].detach(), f64([0.0, row.at_zero, 1 / a if a > 0 else float(value[3].detach())]))
+    if a > 0:
+        assert torch.isfinite(torch.autograd.grad(value.sum(), log_p)[0]).all()
 
 
 @pytest.mark.parametrize("name", ["pearson", "neyman"])

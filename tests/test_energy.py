@@ -129,6 +129,15 @@ def test_distillation_is_reproducible_and_takes_labels_and_bytes():
     assert (one.shape, one.n_classes, one.training) == ((1, 2, 2), 2, False)
 
 
+class Shaped(torch.nn.Linear):
+    """Takes samples of shape (2,) and says nothing of classes."""
+
+    shape = (2,)
+
+    def __init__(self):
+        super().__init__(2, 1)
+
+
 @pytest.mark.parametrize(("change", "error", "message"), [
     ({"data": torch.zeros(4)}, ValueError, "data has shape"),
     ({"data": torch.zeros(4, 2).long()}, TypeError, "data is a tensor of torch.int64"),
@@ -137,6 +146,10 @@ def test_distillation_is_reproducible_and_takes_labels_and_bytes():
     ({"sigma_min": 0.0}, ValueError, "sigma_min=0.0"),
     ({"sigma_min": 30.0}, ValueError, "sigma_min=30.0 is above sigma_max=20.0"),
     ({"network": MLP((3,), out_features=1)}, ValueError, "network takes samples of shape"),
+    ({"network": torch.nn.Linear(2, 1)}, TypeError, "network is Linear; wanted one with .shape and .n_classes"),
+    ({"network": Shaped()}, TypeError, "network is Shaped; wanted one with .shape and .n_classes"),
+    ({"network": MLP((2,), n_classes=3, out_features=1)}, ValueError, "network has 3 classes, but labels has 0"),
+    ({"network": MLP((2,), n_classes=3, out_features=1), "labels": torch.full((20,), 3)}, ValueError, "labels has 4"),
 ])
 def test_bad_input_is_named(change, error, message):
     with pytest.raises(error, match=message):

@@ -13,8 +13,8 @@ from torch import nn
 from minidistill import estimators as es
 from minidistill.distributions import GaussianMixture
 from minidistill.divergences import F, alpha_divergence, from_function, skew_jensen_shannon, total_variation
-from minidistill.f_critics import Critic, dual_values, learn_log_ratio, train_critic
-from tests.helpers import f64, line, mixture_1d, mixture_2d, rng
+from minidistill.f_critics import Critic, cut, dual_values, learn_log_ratio, train_critic
+from tests.helpers import LargestTensor, f64, line, mixture_1d, mixture_2d, rng
 
 ROWS = {
     **F, "alpha0.3": alpha_divergence(0.3), "skew0.2": skew_jensen_shannon(0.2), "flipped": F["pearson"].flipped(),
@@ -222,6 +222,29 @@ def test_a_learned_ratio_is_the_exact_one_where_the_samples_are():
         assert got.value == pytest.approx(es.on_grid(row, P, Q, n_cells=4001).value, rel=0.08)
 
 
+def test_sorted_samples_are_shuffled_where_a_generator_is_given():
+    """Sorted, the last half is no sample of p: the held-out bound of p against itself is then far below 0."""
+    p, q = (P.sample(2000, rng(seed)).sort(0).values for seed in (0, 1))
+    assert torch.equal(torch.cat(cut(p, 0.3)), p)
+    kept, held = cut(p, 0.3, rng())
+    assert torch.equal(torch.cat([kept, held]).sort(0).values, p)
+    assert (len(kept), len(held)) == (1400, 600)
+    assert abs(float(held.mean()) - 0.8) < 4 / 600**0.5
+    for estimator in (es.variational, es.with_ratio):
+        got = estimator(F["jensen_shannon"], p, q, generator=rng(), steps=50, shuffle=True, progress=False)
+        assert abs(got.value) < 0.02
+    q_far = GaussianMixture(f64([[3.0]]), 1.0)
+    exact = es.on_grid(F["forward_kl"], P, q_far).value
+    got = es.kl_with_reference(p, q_far, generator=rng(), steps=50, shuffle=True, progress=False)
+    assert abs(got.value - exact) < 5 * got.standard_error
+    seen = []
+    critic = Critic(p)
+    critic.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    train_critic(F["forward_kl"], p, q, critic, steps=1, shuffle=True, progress=False)
+    assert abs(float(seen[-1].mean()) - 0.8) < 0.3  # the part that judges: 400 of q, as they come
+    assert float(seen[-1].std()) > 0.8
+
+
 # ------------------------------------------------------------------------------------------------ the interface
 
 
@@ -255,6 +278,11 @@ def test_images_and_shapes():
     (lambda: es.monte_carlo(F["pearson"], P, Q, n=1), ValueError, "n=1: wanted"),
     (lambda: es.on_grid(F["pearson"], P, Q, bounds=(2.0, 1.0)), ValueError, "bounds="),
     (lambda: es.on_grid(F["pearson"], P, Q, n_cells=1), ValueError, "n_cells=1"),
+    (lambda: es.on_grid(F["pearson"], mixture_2d(), mixture_2d(), n_cells=40_000), ValueError,
+     r"n_cells=40000 in 2 dimensions is 1.6e\+09 points"),
+    (lambda: es.on_grid(F["pearson"], P, mixture_2d()), ValueError, "p has 1 dimensions and q 2"),
+    (lambda: es.on_grid(F["pearson"], P, Q, bounds=([0.0, 0.0], [1.0, 1.0])), ValueError,
+     "bounds: a corner has 2 numbers; wanted 1"),
     (lambda: es.variational(F["pearson"], "p", Q),  # type: ignore[arg-type]
      TypeError, "p is str; wanted .*sample"),
     (lambda: es.variational(F["pearson"], P.sample(2), Q), ValueError, "p has 2 samples"),
@@ -283,3 +311,56 @@ def test_a_grid_for_an_unknown_law_needs_bounds():
     got = es.on_grid(F["pearson"], Law(), Q, bounds=(-12.0, 12.0))
     assert got.value == pytest.approx(es.on_grid(F["pearson"], P, Q).value, rel=1e-9)
     assert mixture_1d().shape == Law.shape
+
+
+class Law:
+    """A density without a shape, whose points must come on one device."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, mixture):
+        self.mixture = mixture
+
+    def log_prob(self, x):
+        assert x.device == self.device
+        return self.mixture.log_prob(x if x.device.type == "cpu" else torch.zeros(x.shape, dtype=x.dtype))
+
+
+def test_a_grid_takes_its_dimensions_from_a_shape_or_from_the_corners():
+    p, q = Law(mixture_2d()), Law(mixture_2d().noised(0.5))
+    corners = ([-6.0, -5.0], [7.0, 5.0])
+    wanted = es.on_grid(F["pearson"], p.mixture, q.mixture, bounds=corners, n_cells=50)
+    for left, right in ((p, q), (p.mixture, q), (p, q.mixture)):
+        assert es.on_grid(F["pearson"], left, right, bounds=corners, n_cells=50) == wanted
+    with pytest.raises(ValueError, match=r"bounds: neither p nor q has a \.shape"):
+        es.on_grid(F["pearson"], p, q, bounds=(-6.0, 6.0))
+    with pytest.raises(ValueError, match="bounds has 4 dimensions; a grid wants 3"):
+        es.on_grid(F["pearson"], p, q, bounds=([0.0] * 4, [1.0] * 4))
+
+
+def test_a_grid_is_laid_in_chunks(monkeypatch):
+    """The same sum, in any order of memory; no tensor is larger than a chunk's points times the mixture's parts."""
+    options = {"bounds": ([-3.0, -4.0, -5.0], [3.0, 5.0, 4.0]), "n_cells": 20, "progress": False}
+    root = f64([[1.0, 0.2, -0.3], [0.0, 0.7, 0.4], [0.1, 0.0, 0.5]])
+    p, q = gaussian([0.2, -0.3, 0.1], (root @ root.T).tolist()), gaussian([0.0] * 3, torch.eye(3).tolist())
+    axes = [torch.linspace(a, b, 20, dtype=torch.float64) for a, b in zip(*options["bounds"], strict=True)]
+    x = torch.cartesian_prod(*axes)
+    cell = float(torch.stack([axis[1] - axis[0] for axis in axes]).prod())
+    wanted = float(F["pearson"].between(p.log_prob(x), q.log_prob(x), cell))
+    wanted_mass = 1 - cell * float(p.log_prob(x).exp().sum()), 1 - cell * float(q.log_prob(x).exp().sum())
+    monkeypatch.setattr(es, "CHUNK", 77)
+    with LargestTensor() as mode:
+        got = es.on_grid(F["pearson"], p, q, **options)
+    assert got.value == pytest.approx(wanted, rel=1e-10)
+    assert got.outside == pytest.approx(max(wanted_mass), rel=1e-9)
+    assert got.n == 8000
+    assert mode.elements <= 77 * 9
+
+
+def test_a_grid_stands_where_it_is_asked_to():
+    """No accelerator needed: a law that sees points on `meta` and answers on the cpu."""
+    class There(Law):
+        device = torch.device("meta")
+
+    got = es.on_grid(F["pearson"], There(P), There(P), bounds=([-1.0], [1.0]), n_cells=5, device="meta")
+    assert got.n == 5

@@ -1,5 +1,7 @@
 """Guided and calibrated denoisers: against exact conditionals, quadrature, and the algebra of each."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -19,8 +21,10 @@ from tests.helpers import f64, line, mixture_1d, mixture_2d, normal, rng, small_
 
 MIXTURE = mixture_2d()
 LABEL = torch.tensor([0, 1, 2] * 20)
+LABELS: Any = LABEL.tolist()  # what Python users may try
 
 
+NET = small_denoiser(n_classes=3)
 X, SIGMA = 1.5 * normal(60, 2), torch.linspace(0.1, 3, 60, dtype=torch.float64)
 
 
@@ -221,6 +225,11 @@ def test_calibration_takes_bytes_and_networks():
     (lambda: calibrated(MIXTURE, X, f64([0.0])), ValueError, "level > 0"),
     (lambda: calibrated(MIXTURE, X, LEVELS, LABEL[:3]), ValueError, "labels is"),
     (lambda: calibrated(MIXTURE, X, LEVELS, pairs=0), ValueError, "pairs=0"),
+    (lambda: calibrated(MIXTURE, X, LEVELS, LABELS), TypeError, "labels is list"),
+    (lambda: classifier_free(MIXTURE, 2.0)(X, 1.0, LABELS), TypeError, "label is list"),
+    (lambda: autoguided(NET, NET, 2.0)(X.float(), 1.0, LABELS), TypeError, "label is list"),
+    (lambda: aligned_guidance_loss(NET, X.float(), 1.0, X.float(), LABELS, 2.0, MIXTURE.to(torch.float32)), TypeError,
+     "label is list"),
 ])
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):

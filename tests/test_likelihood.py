@@ -113,7 +113,13 @@ def test_batches_and_precision():
     ({"divergence": "exacte"}, "did you mean 'exact'"),
     ({"probes": 0}, "probes=0"),
     ({"label": torch.zeros(3).long()}, "label is"),
+    ({"label": [0, 1]}, "label is list; wanted an integer tensor"),
+    ({"batch_size": 0}, "batch_size=0: wanted"),
+    ({"batch_size": -2}, "batch_size=-2: wanted"),
 ])
-def test_bad_input_is_named(change, message):
-    with pytest.raises(ValueError, match=message):
-        log_likelihood(mixture_2d(), **{"x": torch.zeros(2, 2).double(), **change})
+def test_bad_input_is_named_before_any_work(change, message):
+    error = TypeError if isinstance(change.get("label"), list) else ValueError
+    calls = []
+    with pytest.raises(error, match=message):
+        log_likelihood(lambda *a: calls.append(a), **{"x": torch.zeros(2, 2).double(), **change})
+    assert not calls

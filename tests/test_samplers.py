@@ -387,6 +387,7 @@ X, FIT = torch.zeros(3, 1, dtype=torch.float64), Gaussian(f64([MU]), f64([[STD**
     (lambda: conjugate(TARGET, X, levels(3), lam=math.nan), ValueError, "lam=nan"),
     (lambda: heun(TARGET, X, levels(3), batch_size=0), ValueError, "batch_size=0"),
     (lambda: heun(TARGET, X, levels(3), label=torch.zeros(2)), ValueError, r"label has shape \(2,\).* 3 samples"),
+    (lambda: heun(TARGET, X, levels(3), label=[0, 0, 0]), TypeError, "label is list; wanted a tensor"),
     (lambda: heun(TARGET, X, levels(3), steps=3), TypeError, "steps"),
     (lambda: teleported(FIT, "huen", 1.0), ValueError, "solver='huen'"),
     (lambda: teleported(FIT, "heun", 0.0), ValueError, "sigma_skip=0.0"),

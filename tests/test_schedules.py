@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from minidistill import samplers
+from minidistill import samplers, schedules
 from minidistill.distributions import GaussianMixture, ring
 from minidistill.samplers import geometric_sigmas, heun, karras_sigmas, log_linear_sigmas, optimal_sigmas, sample
-from tests.helpers import f64, mixture_2d, start
+from tests.helpers import LargestTensor, f64, mixture_2d, start
 
 FORMULAS = {"karras": karras_sigmas, "log_linear": log_linear_sigmas, "geometric": geometric_sigmas}
 
@@ -120,6 +120,8 @@ X = start(4, d=2)
     (lambda: optimal_sigmas(mixture_2d(), X, 5, order=3), ValueError, "order='3'"),
     (lambda: optimal_sigmas(mixture_2d(), X, 5, fine=4), ValueError, "fine=4"),
     (lambda: optimal_sigmas(mixture_2d(), X[:0], 5), ValueError, "x has 0 samples"),
+    (lambda: optimal_sigmas(mixture_2d(), X, 5, batch_size=0), ValueError, "batch_size=0"),
+    (lambda: optimal_sigmas(mixture_2d(), X, 5, label=torch.zeros(5).long()), ValueError, r"label has shape \(5,\)"),
 ])
 def test_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
@@ -137,6 +139,18 @@ def test_optimal_levels_of_float32_are_those_of_float64():
     wide, narrow = (optimal_sigmas(t, u, 10, order=2, fine=512) for t, u in (
         (target, x), (target.to(torch.float32), x.float())))
     torch.testing.assert_close(narrow, wide, rtol=0.2, atol=0)
+
+
+def test_optimal_levels_hold_few_paths_at_once(monkeypatch):
+    """Chunks change only the order of the sum; no tensor is larger than a chunk's paths, and the label goes along."""
+    x, label = start(40, d=2), torch.arange(40) % 3
+    whole = optimal_sigmas(mixture_2d(), x, 9, fine=64, label=label, dtype=torch.float64)
+    for options, limit in (({"batch_size": 7}, None), ({}, 64 * 2 * 5)):
+        monkeypatch.setattr(schedules, "PATH_ENTRIES", limit or schedules.PATH_ENTRIES)
+        with LargestTensor() as mode:
+            got = optimal_sigmas(mixture_2d(), x, 9, fine=64, label=label, dtype=torch.float64, **options)
+        torch.testing.assert_close(got, whole, rtol=1e-9, atol=0)
+        assert mode.elements <= 64 * 2 * 7
 
 
 def test_optimal_levels_of_straight_paths_are_finite():

@@ -13,6 +13,7 @@ from torch import nn
 from minidistill import divergences as dv
 from minidistill import estimators as es
 from minidistill.distributions import GaussianMixture
+from minidistill.noise_integral import Levels, integrate, levels_from
 from tests.helpers import f64, line, mixture_1d, normal, rng
 
 DISTANCES = [
@@ -258,6 +259,24 @@ def test_mutual_information_of_correlated_gaussians_in_both_forms(rho):
         assert got.standard_error <= 0.02 * exact + 1e-12
 
 
+def test_the_joint_form_hands_images_to_the_conditional_denoisers():
+    """x (n, 1, 2, 2) and y (n, 1, 1): the conditional denoisers see those shapes, the joint one a flat z; the number
+    is that of the same pairs flattened."""
+    x, y, joint_cov = normal(300, 1, 2, 2), normal(300, 1, 1, seed=1), torch.eye(5, dtype=torch.float64)[None]
+    joint, seen = GaussianMixture(torch.zeros(1, 5, dtype=torch.float64), joint_cov), set()
+
+    def given(xt, sigma, condition):
+        seen.add((tuple(xt.shape[1:]), tuple(condition.shape[1:])))
+        flat = condition.flatten(1).sum(1).reshape(-1, *[1] * (xt.ndim - 1))
+        return xt / 2 + 0.1 * flat
+
+    images = dv.mutual_information_joint(joint, given, given, x, y, n=400, generator=rng(), **QUIET)
+    assert seen == {((1, 2, 2), (1, 1)), ((1, 1), (1, 2, 2))}
+    flat = dv.mutual_information_joint(joint, given, given, x.flatten(1), y.flatten(1), n=400, generator=rng(), **QUIET)
+    assert images.value == pytest.approx(flat.value, rel=1e-12)
+    assert flat.value > 0.01
+
+
 class TwoDenoisers(nn.Module):
     """D(x_sigma, sigma, y) and D(x_sigma, sigma) in one network, as in MINDE: what both get wrong cancels."""
 
@@ -325,6 +344,43 @@ def test_expansion_of_forward_kl_is_kl_from_scores_and_takes_a_ratio():
     assert wrong.value > 1.3 * kl.value  # h q / m = 2 r / (1 + r) grows with r
 
 
+# ------------------------------------------------------------------------------------------------ batches
+
+
+@pytest.mark.parametrize("n_levels", [None, 3])
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 10_000])
+def test_batches_are_bounded_in_levels_and_tail_and_change_nothing(n_levels, batch_size):
+    """A gap without noise: what is left of batch_size is how many draws come at once. 2000 draws, and 200 in the tail;
+    one call sees one level where levels are shared, and its draws are even in number, for `from_scores` halves them."""
+    x0, sizes, calls = normal(50, 2), [], []
+
+    def gap(rows, sigma):
+        sizes.append(len(rows))
+        calls.append(sigma)
+        return (1 + (rows % 7)) / (1 + sigma**2)
+
+    def run(size):
+        return integrate(gap, x0, levels_from({"n": 2000, "n_levels": n_levels, "batch_size": size, **QUIET}), rng())
+
+    whole = run(10_000)
+    sizes.clear()
+    calls.clear()
+    got = run(batch_size)
+    assert got.value == pytest.approx(whole.value, rel=1e-12)
+    assert got.standard_error == pytest.approx(whole.standard_error, rel=1e-12)
+    assert max(sizes) <= max(2, batch_size)
+    assert sum(sizes) == got.n + 2 * (got.n // 20)
+    if n_levels:
+        assert all(bool((sigma == sigma[0]).all()) for sigma in calls)
+        assert all(size % 2 == 0 for size in sizes)
+
+
+def test_options_of_levels():
+    at = levels_from({"n": 4, "n_levels": 4, "sigma_min": 0.5, "sigma_max": 2.0, "tail": False})
+    assert (at.n, at.n_levels, at.sigma_min, at.sigma_max, at.tail) == (4, 4, 0.5, 2.0, False)
+    assert levels_from({}) == Levels()
+
+
 X = torch.zeros(5, 1, dtype=torch.float64)
 
 
@@ -345,6 +401,12 @@ X = torch.zeros(5, 1, dtype=torch.float64)
     (lambda: dv.kl_from_scores(TWO, TWO, TWO, sigma_mn=1.0), TypeError, "did you mean 'sigma_m"),
     (lambda: dv.kl_from_scores(TWO, TWO, TWO, n=0), ValueError, "n=0"),
     (lambda: dv.mutual_information(TWO, TWO, X, X[:3]), ValueError, "x has 5 samples and y 3"),
+    (lambda: dv.mutual_information_joint(TWO, TWO, TWO, X, X[:, 0]), ValueError, r"y has shape \(5,\)"),
+    (lambda: dv.kl_from_scores(TWO, TWO, TWO, n=3), ValueError, "n=3: wanted a whole number >= 4"),
+    (lambda: dv.kl_from_scores(TWO, TWO, TWO, batch_size=0), ValueError, "batch_size=0"),
+    (lambda: dv.kl_from_scores(TWO, TWO, TWO, n_levels=1), ValueError, "n_levels=1: wanted a whole number >= 2"),
+    (lambda: dv.kl_from_scores(TWO, TWO, TWO, n=10, n_levels=11), ValueError, "n_levels=11: wanted at most n=10"),
+    (lambda: dv.kl_from_scores(TWO, TWO, TWO, sigma_max=0.0), ValueError, "sigma_max=0.0"),
     (lambda: dv.from_scores(dv.total_variation, TWO, TWO), ValueError, "total_variation has no curvature"),
     (lambda: dv.from_scores(dv.F["pearson"], TWO, TWO, n=300), ValueError, "n=300 and n_levels=200"),
 ])

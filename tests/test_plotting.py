@@ -1,0 +1,114 @@
+"""Figures: the axes that come back, what is drawn on them, and what is refused."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_rgb
+
+from minidistill import plotting
+from minidistill.distributions import ring
+from tests.helpers import mixture_1d, rng
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+SAMPLES = torch.randn(50, 2, generator=rng())
+LINES = {"ours": ([1, 10, 100], [1.0, 0.5, 0.25]), "theirs": ([1, 10], [2.0, 1.0])}
+IMAGES = torch.linspace(-1, 1, 5).reshape(5, 1, 1, 1).expand(5, 1, 2, 3)
+CALLS = {
+    "density": lambda ax: plotting.density(ring(), ax),
+    "scatter": lambda ax: plotting.scatter(SAMPLES, ax),
+    "field": lambda ax: plotting.field(SAMPLES, SAMPLES, ax),
+    "curves": lambda ax: plotting.curves(LINES, ax),
+    "image_grid": lambda ax: plotting.image_grid(IMAGES, ax),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_given_axes_are_used_and_new_ones_made(name):
+    ax = plt.subplots()[1]
+    assert CALLS[name](ax) is ax
+    assert ax.has_data()
+    assert len(plt.get_fignums()) == 1
+    new = CALLS[name](None)
+    assert new is not ax
+    assert new.has_data()
+    assert len(plt.get_fignums()) == 2
+
+
+def test_scatter_shows_the_first_points_over_the_target():
+    ax = plotting.scatter(SAMPLES, title="ours", n=20)
+    (points,) = ax.collections
+    np.testing.assert_allclose(points.get_offsets(), SAMPLES[:20].numpy(), rtol=1e-6)
+    assert (ax.get_title(), ax.get_xlabel(), ax.get_ylabel()) == ("ours", "$x_1$", "$x_2$")
+    limit = 1.1 * float(SAMPLES[:20].abs().max())
+    assert ax.get_xlim() == ax.get_ylim() == pytest.approx((-limit, limit))
+    assert ax.get_aspect() == 1
+    over = plotting.scatter(SAMPLES, target=ring(radius=2.0, std=0.2), color="red")
+    assert over.get_xlim() == pytest.approx((-2.8, 2.8))  # the outermost mean and four standard deviations
+    assert len(over.collections) > 1
+    assert tuple(over.collections[0].get_facecolor()[0][:3]) == to_rgb("red")
+    assert plotting.scatter(SAMPLES, limit=5.0).get_xlim() == (-5, 5)
+    assert plotting.scatter(SAMPLES.clone().requires_grad_()).collections  # a graph is no obstacle
+
+
+def test_curves_have_their_own_looks_and_a_legend():
+    ax = plotting.curves(LINES, goal=0.3, xlabel="calls", ylabel="error", styles={"theirs": {"color": "red"}})
+    ours, theirs, goal = ax.get_lines()
+    np.testing.assert_allclose(ours.get_xydata(), np.transpose(LINES["ours"]))
+    assert (ours.get_linestyle(), theirs.get_linestyle()) == ("-", "--")
+    assert to_rgb(ours.get_color()) == plotting.PALETTE[0]
+    assert theirs.get_color() == "red"
+    assert list(goal.get_ydata()) == [0.3, 0.3]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["ours", "theirs", "0.3"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("calls", "error")
+    assert (ax.get_xscale(), ax.get_yscale()) == ("linear", "log")
+    other = plotting.curves(LINES, log=False, xlog=True)
+    assert (other.get_xscale(), other.get_yscale()) == ("log", "linear")
+    assert (other.get_xlabel(), other.get_ylabel()) == ("step", "KL(p || q), nats")
+
+
+def test_a_short_log_axis_has_plain_numbers():
+    short = plotting.curves({"a": ([1, 2], [0.5, 2.0])})
+    short.figure.canvas.draw()
+    assert {text.get_text() for text in short.get_yticklabels(which="both")} >= {"0.5", "1", "2"}
+    long = plotting.curves({"a": ([1, 2], [1e-3, 1e3])})
+    long.figure.canvas.draw()
+    assert any("10^" in text.get_text() for text in long.get_yticklabels())
+
+
+def test_images_stand_row_by_row_with_a_gap_between():
+    """Five images of 2 x 3 in rows of three: 2 * 3 + 1 by 3 * 4 + 1 pixels, -1 black and 1 white like the gaps."""
+    ax = plotting.image_grid(IMAGES, columns=3, title="five")
+    shown = ax.get_images()[0].get_array()
+    assert shown.shape == (7, 13)
+    for k, grey in enumerate([0.0, 0.25, 0.5, 0.75, 1.0]):
+        top, left = k // 3 * 3 + 1, k % 3 * 4 + 1
+        np.testing.assert_allclose(shown[top : top + 2, left : left + 3], grey, atol=1e-6)
+    assert (shown[::3] == 1).all()
+    assert (shown[:, ::4] == 1).all()
+    assert (ax.get_title(), ax.axison) == ("five", False)
+    colour = torch.tensor([-1.0, 0.0, 3.0]).reshape(1, 3, 1, 1).expand(1, 3, 2, 2)
+    shown = plotting.image_grid(colour, columns=1).get_images()[0].get_array()
+    assert shown.shape == (4, 4, 3)
+    np.testing.assert_allclose(shown[1, 1], [0, 0.5, 1])  # beyond 1 is cut
+
+
+@pytest.mark.parametrize(("call", "error", "message"), [
+    (lambda: plotting.scatter(torch.zeros(4, 3)), ValueError, r"samples has shape \(4, 3\); wanted \(n, 2\)"),
+    (lambda: plotting.scatter(torch.zeros(0, 2)), ValueError, "samples has 0 samples"),
+    (lambda: plotting.scatter(SAMPLES / 0), ValueError, "samples holds a NaN or infinite"),
+    (lambda: plotting.scatter(SAMPLES.tolist()), TypeError, "samples is list"),  # type: ignore[arg-type]
+    (lambda: plotting.image_grid(torch.zeros(2, 2, 4, 4)), ValueError, r"wanted \(n, 1 or 3, h, w\)"),
+    (lambda: plotting.image_grid(torch.zeros(2, 16)), ValueError, r"images has shape \(2, 16\)"),
+    (lambda: plotting.image_grid(torch.zeros(2, 1, 4, 4, dtype=torch.uint8)), TypeError, "images is a tensor of"),
+    (lambda: plotting.density(mixture_1d()), ValueError, r"x has shape .*; wanted \(n, 1\)"),
+])
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
