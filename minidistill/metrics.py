@@ -4,6 +4,7 @@ features, a classifier's calibration."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -111,17 +112,20 @@ def mode_coverage(target: GaussianMixture, samples: Tensor) -> ModeCoverage:
     )
 
 
-def over_floor(target: GaussianMixture, samples: Tensor, seed: int = 0) -> float:
-    """The sliced W2 of samples (n, d) to exact ones over that between two exact sets: 1 for a perfect student. The same
-    n and directions for both, and both are means over five fresh sets, since one floor alone varies by half."""
+def over_floor(target: GaussianMixture, samples: Tensor, seed: int = 0, sets: int = 6) -> float:
+    """The sliced W2 of samples (n, d) to exact ones over that between exact sets: 1 for a perfect student. The same n
+    and directions for both; both are means, over `sets` fresh sets and over all pairs of them, since single floors vary
+    by half. ValueError for samples of another shape than the target's, or fewer than 2 sets."""
     _validate.samples("samples", samples, target.shape)
+    _validate.whole("sets", sets, least=2)
     rng = torch.Generator(target.means.device).manual_seed(seed)
-    exact = [target.sample(len(samples), rng) for _ in range(6)]
+    exact = [target.sample(len(samples), rng) for _ in range(sets)]
 
-    def distance(x: Tensor) -> float:
-        return sum(float(sliced_wasserstein(x, y, generator=torch.Generator().manual_seed(0))) for y in exact[1:]) / 5
+    def distance(x: Tensor, others: Sequence[Tensor]) -> float:
+        return sum(float(sliced_wasserstein(x, y, generator=torch.Generator().manual_seed(0))) for y in others)
 
-    return distance(samples) / distance(exact[0])
+    floor = sum(distance(x, exact[:i]) for i, x in enumerate(exact)) / (sets * (sets - 1) / 2)
+    return distance(samples, exact) / sets / floor
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:

@@ -1,7 +1,8 @@
-"""Every objective on two exact mixtures, five seeds each: `python -m minidistill.sweep --out figures/sweep`.
+"""The long experiments of notebooks 09 and 10, five seeds each: `python -m minidistill.sweep --out figures/sweep`.
 
-Two worker processes share the runs, and after each one its row is in results.json, so a sweep that was stopped goes
-on where it was. The samples of seed 0 are kept too, to be looked at. Notebooks 09 and 10 draw both.
+A study is a set of trials, ways to distil that differ in one thing. Two worker processes share the runs, and after each
+one its row is in results.json, so a sweep that was stopped goes on where it was. Samples of seed 0 are kept too, to be
+looked at. Notebooks draw what is there, and run a small part of it again.
 """
 
 from __future__ import annotations
@@ -11,94 +12,234 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from minidistill import checkpoints, cli, metrics, recipes
-from minidistill.distillation import DMD, OBJECTIVES, distill
+from minidistill import checkpoints, cli, divergences, metrics, recipes
+from minidistill.closed_form import EmpiricalTeacher
+from minidistill.distillation import (
+    DMD,
+    DMD2,
+    OBJECTIVES,
+    Distilled,
+    DistributionMatching,
+    Objective,
+    ScoreIdentity,
+    ScoreImplicitMatching,
+    distill,
+    draw,
+)
 from minidistill.distributions import GaussianMixture, grid, ring
 from minidistill.networks import MLP, Denoiser, Generator
+from minidistill.teachers import train_denoiser
 
-#: 8 equal Gaussians on a ring, and 25 on a lattice of which the heaviest weigh four times as much as the lightest.
+#: Equal Gaussians on a ring; the same, the first four times as heavy; 25 on a lattice, the heaviest of which weigh four
+#: times as much as the lightest.
 TARGETS: dict[str, GaussianMixture] = {
     "ring": ring(8),
+    "uneven ring": ring(8, weights=[4.0] + 7 * [1.0]),
     "lattice": grid(5, weights=[1.0 + 3 * i % 4 for i in range(25)]),
 }
-N, STEPS = 10_000, 1500
-KEPT = 2000  # samples of each objective at seed 0
+N, KEPT = 10_000, 1000  # samples that are measured, and of those kept for pictures
+STEPS = 1500
+RADIUS = 2.0  # of the ring
 
 
-def student(target: GaussianMixture, seed: int, gain: float = 4.0) -> Generator:
+# ---------------------------------------------------------------------------------- students
+
+def student(target: GaussianMixture, seed: int, *, hidden: int = 128, depth: int = 6, gain: float = 4.0) -> Generator:
     """A new student for a mixture of many modes: deeper than `distill`'s own, and sharper from the start."""
     torch.manual_seed(seed)
-    network = MLP(target.shape, depth=6, activation="relu", gain=gain)
+    network = MLP(target.shape, hidden=hidden, depth=depth, activation="relu", gain=gain)
     return Generator(Denoiser(network, target.sigma_data), 0.5 * target.sigma_data)
 
 
-def run(name: str, objective: str, seed: int, steps: int = STEPS) -> dict[str, Any]:
-    """Distil a target by one objective and measure the student. All have the same settings and `steps` but two, which
-    take 5/3 of the steps, since they are cheap or slow:
+def narrow(target: GaussianMixture, seed: int) -> Generator:
+    """A student with 16 units a layer for 128."""
+    return student(target, seed, hidden=16)
 
-    dmd: with more pairs and a heavier regression than by default.
+
+def displaced(target: GaussianMixture, seed: int) -> Generator:
+    """A new student whose samples all lie three radii of the ring off."""
+    generator = student(target, seed)
+    network: Any = generator.denoiser.network
+    c_out = generator.sigma_init / (generator.sigma_init**2 / target.sigma_data**2 + 1) ** 0.5
+    with torch.no_grad():
+        network.outward.bias[0] += 3 * RADIUS / c_out
+    return generator
+
+
+def collapsed(target: GaussianMixture, seed: int) -> Generator:
+    """A student of one mode alone, by reverse KL to that mode."""
+    one = GaussianMixture(target.means[:1], target.covs[:1])
+    generator = student(target, seed)
+    distill(one, generator, steps=300, sigma_max=5 * target.sigma_data, seed=seed, progress=False)
+    return generator
+
+
+# ---------------------------------------------------------------------------------- trials
+
+@dataclass(frozen=True)
+class Trial:
+    """One way to distil. What is not said is as in `distill`."""
+
+    objective: str | Objective
+    teacher: str = "ring"  # one of TARGETS
+    truth: str = ""  # what the student is measured against, and where real samples come from; "": the teacher's
+    steps: int = STEPS
+    sim: int = 0  # so many of the steps are SIM's, first
+    start: Callable[[GaussianMixture, int], Generator] = student
+    learned: int = 0  # steps that a denoiser is trained for, on samples of the teacher, to take its place
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def every_objective(teacher: str) -> dict[str, Trial]:
+    """All have the same settings but two, which take 5/3 of the steps, since they are cheap or slow.
+
+    dmd: more pairs and a heavier regression than by default.
     sid: alpha = 1.2 needs a student that is near the data already, as one is that starts from a teacher's weights;
         so the first quarter of its run is SIM's.
     """
-    target, rule, own = TARGETS[name], OBJECTIVES[objective], dict[str, Any]()
-    generator, first = student(target, seed), 0
-    start = time.perf_counter()
-    if objective in ("dmd", "sid"):
-        steps = steps * 5 // 3
-    if objective == "dmd":
-        rule = DMD(weight=4.0, needs_pairs=8192)
-    if objective == "sid":
-        first, own = steps // 4, {"learning_rate": 1e-3}
-        distill(target, generator, "sim", steps=first, seed=seed, progress=False)
-    made = distill(target, generator, rule, steps=steps - first, seed=seed, progress=False, **own)
-    seconds = time.perf_counter() - start
+    longer, trials = STEPS * 5 // 3, {name: Trial(name, teacher) for name in OBJECTIVES}
+    trials["dmd"] = Trial(DMD(weight=4.0, needs_pairs=8192), teacher, steps=longer)
+    trials["sid"] = Trial("sid", teacher, steps=longer, sim=longer // 4, options={"learning_rate": 1e-3})
+    return trials
+
+
+def without(**off: Any) -> Trial:
+    """Forward KL, its weight h = r the most in need of them, with stabilisers switched off."""
+    return Trial(DistributionMatching(divergences.F["forward_kl"], **off))
+
+
+FROM_SIM: dict[str, Any] = {"sim": STEPS // 4, "options": {"learning_rate": 1e-3, "critic_steps": 5, "warmup": 0}}
+BARE_L2 = ScoreImplicitMatching(divergences.squared_l2(), normalise=True)
+#: Below "lattice", trials to be compared with those of "ring", which are not repeated.
+STUDIES: dict[str, dict[str, Trial]] = {
+    "ring": every_objective("ring"),
+    "lattice": every_objective("lattice"),
+    # DMD's regression, from a student of one mode alone.
+    "collapsed": {
+        "diff_instruct": Trial("diff_instruct", start=collapsed), "reverse_kl": Trial("reverse_kl", start=collapsed),
+        "dmd": Trial(DMD(weight=4.0, needs_pairs=8192), start=collapsed),
+    },
+    # DMD2's two time scales, with a critic that learns at a tenth of its usual rate.
+    "slow critic": {
+        f"{k} critic steps": Trial("reverse_kl", options={"critic_steps": k, "critic_learning_rate": 5e-4})
+        for k in (1, 3, 5)
+    },
+    # Adversarial terms and real samples, under a teacher with one mode too heavy.
+    "wrong teacher": {
+        "reverse_kl": Trial("reverse_kl", "uneven ring", "ring"),
+        "dmd2": Trial("dmd2", "uneven ring", "ring"),
+        "dmd2, weight 1": Trial(DMD2(weight=1.0), "uneven ring", "ring"),
+        "sid, alpha 1": Trial("sim_l2", "uneven ring", "ring"),
+        "sida": Trial("sida", "uneven ring", "ring"),
+    },
+    "stabilisers": {
+        "no clip": without(clip=None), "no division by the level's mean": without(levels=0),
+        "no unit mean": without(unit_mean=False), "no normaliser": without(normalise=False),
+    },
+    "alpha": {f"{alpha:g}": Trial(ScoreIdentity(alpha), **FROM_SIM) for alpha in (0.0, 0.5, 1.0, 1.2)},
+    # Started far from the data; sim_l2 also without its warm-up and clip, from the usual start.
+    "displaced": {name: Trial(name, start=displaced) for name in
+                  ("reverse_kl", "forward_kl", "jensen_shannon", "sim", "sim_l2", "fisher")},
+    "bare": {"sim_l2": Trial(BARE_L2)},
+    "learned teacher": {name: Trial(name, learned=3000) for name in ("reverse_kl", "jensen_shannon", "sim")},
+    "capacity": {"16 units": Trial("reverse_kl", start=narrow)},
+    "calls": {"2": Trial("reverse_kl", options={"student_levels": (0.4,)}),
+              "4": Trial("reverse_kl", options={"student_levels": (0.5, 0.3, 0.15)})},
+}
+
+
+# ---------------------------------------------------------------------------------- one run and its numbers
+
+def run(study: str, name: str, seed: int, at_most: int | None = None) -> dict[str, Any]:
+    """Distil as a trial says, and measure the student; `at_most` bounds the steps of every part."""
+    trial = STUDIES[study][name]
+    if at_most is not None:
+        trial = replace(trial, **{part: min(getattr(trial, part), at_most) for part in ("steps", "sim", "learned")})
+    exact, truth = TARGETS[trial.teacher], TARGETS[trial.truth or trial.teacher]
+    teacher: Any = exact
+    if trial.learned:
+        data = exact.sample(20_000, torch.Generator().manual_seed(seed))
+        teacher = train_denoiser(data, steps=trial.learned, seed=seed, progress=False)
+    generator, start = trial.start(exact, seed), time.process_time()
+    options: dict[str, Any] = {"seed": seed, "progress": False}
+    if trial.truth or trial.learned:
+        options["data"] = truth.sample(100_000, torch.Generator().manual_seed(seed))
+    if trial.sim:
+        distill(teacher, generator, "sim", steps=trial.sim, **options)
+    steps = max(1, trial.steps - trial.sim)
+    made = distill(teacher, generator, trial.objective, steps=steps, **(options | trial.options))
+    seconds = time.process_time() - start  # of one thread, whatever else runs beside it
+    return {"study": study, "name": name, "seed": seed, "steps": trial.steps, "n": N, "seconds": round(seconds, 1),
+            **measure(made, truth, seed)}
+
+
+def measure(made: Distilled, truth: GaussianMixture, seed: int) -> dict[str, Any]:
+    """Both KLs, the modes, sliced W2 over its floor, how far the critic is from the student's own denoiser."""
     samples = made.sample(N, seed=1000 + seed)
-    kl, coverage = metrics.grid_kl(target, samples), metrics.mode_coverage(target, samples)
+    kl, coverage = metrics.grid_kl(truth, samples), metrics.mode_coverage(truth, samples)
     return {
-        "target": name, "objective": objective, "seed": seed, "steps": steps, "n": N, "seconds": round(seconds, 1),
         "kl": kl.kl, "reverse_kl": kl.reverse_kl, "outside": kl.outside, "modes": coverage.covered,
         "worst": coverage.worst, "high_quality": coverage.high_quality,
-        "over_floor": metrics.over_floor(target, samples, seed), "samples": samples[:KEPT].numpy(),
+        "off_weights": float((coverage.shares - truth.weights).abs().sum() / 2),  # total variation
+        "over_floor": metrics.over_floor(truth, samples, seed), "critic_gap": critic_gap(made, truth.sigma_data),
+        "samples": samples[:KEPT].numpy(),
     }
 
 
-def sweep(
-    out: Path, targets: Sequence[str], objectives: Sequence[str], seeds: int, steps: int, workers: int = 2
-) -> None:
+@torch.no_grad()
+def critic_gap(made: Distilled, sigma_data: float, n: int = 1000) -> float:
+    """Root mean square of D_fake - D_q in standard deviations of the data, at noise levels 0.1 to 2 of them. D_q is of
+    the student as last trained, estimated from 20 n other samples of it."""
+    x0, points = (draw(made.generator, m, seed=seed) for m, seed in ((n, 1), (20 * n, 2)))
+    own, rng = EmpiricalTeacher(points), torch.Generator().manual_seed(0)
+    sigma = sigma_data * torch.logspace(-1, 0.3, n)
+    xt = x0 + sigma[:, None] * torch.randn(x0.shape, generator=rng)
+    gap: Tensor = made.fake(xt, sigma) - own(xt, sigma)
+    return float(gap.square().mean().sqrt()) / sigma_data
+
+
+# ---------------------------------------------------------------------------------- all of them
+
+def sweep(out: Path, studies: Sequence[str], seeds: int, at_most: int | None = None, workers: int = 2) -> None:
     """All runs that `out` does not have yet, its rows and samples being kept after each."""
     file, pictures = checkpoints.writable(out / "results.json"), out / "samples.npz"
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
     points = dict(np.load(pictures)) if pictures.exists() else {}
-    have = {(row["target"], row["objective"], row["seed"]) for row in rows}
-    jobs = [job for target in targets for seed in range(seeds) for objective in objectives
-            if (job := (target, objective, seed)) not in have]
+    have = {_key(row) for row in rows}
+    jobs = [job for study in studies for seed in range(seeds) for name in STUDIES[study]
+            if (job := (study, name, seed)) not in have]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = [pool.submit(run, *job, steps) for job in jobs]
+        futures = [pool.submit(run, *job, at_most) for job in jobs]
         for future in tqdm(as_completed(futures), total=len(jobs), desc="sweep", unit="run"):
             row = future.result()
             samples = row.pop("samples")
             if row["seed"] == 0:
-                points[f"{row['target']} {row['objective']}"] = samples.astype(np.float16)
+                points[f"{row['study']}: {row['name']}"] = samples.astype(np.float16)
                 with checkpoints.atomic(pictures) as path, path.open("wb") as stream:
                     np.savez_compressed(stream, **points)
             rows.append(row)
+            order = {key: i for i, key in enumerate((s, name) for s in STUDIES for name in STUDIES[s])}
+            rows.sort(key=lambda row: (order[row["study"], row["name"]], row["seed"]))
             about = {"hardware": recipes.hardware("cpu"), "torch": torch.__version__, "workers": workers}
+            lines = ",\n".join(json.dumps(row) for row in rows)
             with checkpoints.atomic(file) as path:
-                path.write_text(json.dumps(about | {"rows": sorted(rows, key=_order)}, indent=1) + "\n")
+                path.write_text(f'{json.dumps(about)[:-1]}, "rows": [\n{lines}\n]}}\n')
 
 
-def _order(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["target"], list(OBJECTIVES).index(row["objective"]), row["seed"]
+def _key(row: dict[str, Any]) -> tuple[str, str, int]:
+    return row["study"], row["name"], row["seed"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,13 +248,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/sweep"), help="a folder for results.json and samples.npz")
-    add("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="NAME", help=", ".join(TARGETS))
-    add("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES), metavar="NAME",
-        help="names of distillation.OBJECTIVES")
-    add("--seeds", type=int, default=5, help="runs of each, with seeds 0, 1, ...")
-    add("--steps", type=int, default=STEPS)
+    add("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), metavar="NAME", help=", ".join(STUDIES))
+    add("--seeds", type=int, default=5, help="runs of each trial, with seeds 0, 1, ...")
+    add("--at-most", type=int, default=None, metavar="STEPS", help="a bound on the steps of a run, for a first try")
     a = parser.parse_args(argv)
-    return cli.run("sweep", lambda: sweep(a.out, a.targets, a.objectives, a.seeds, a.steps))
+    return cli.run("sweep", lambda: sweep(a.out, a.studies, a.seeds, a.at_most))
 
 
 if __name__ == "__main__":

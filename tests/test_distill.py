@@ -201,6 +201,29 @@ def test_an_objective_that_does_not_say_gets_three_critic_steps(monkeypatch):
     assert Needs.of(OBJECTIVES["dmd2"]).critic_steps == 5
     assert Needs.of(OBJECTIVES["sid"]) == Needs(critic_steps=5, learning_rate=5e-4)  # alpha = 1.2
     assert Needs.of(OBJECTIVES["fisher"]) == Needs()  # alpha = 1/2
+    # An objective's `clip` bounds a ratio; a gradient's bound has a name of its own.
+    assert Needs.of(OBJECTIVES["reverse_kl"]) == Needs()
+    assert Needs.of(OBJECTIVES["sim_l2"]) == Needs(warmup=100, gradient_clip=1.0)
+    assert Needs.of(OBJECTIVES["sida"]).gradient_clip == 1.0
+
+
+class Own(Counted):
+    warmup, gradient_clip = 3, 0.25
+
+
+@pytest.mark.parametrize(("given", "rates", "clip"), [
+    ({}, [1 / 3, 2 / 3, 1], 0.25), ({"warmup": 2, "clip": 0.5}, [1 / 2, 1, 1], 0.5), ({"warmup": 0}, [1, 1, 1], 0.25),
+])
+def test_a_warm_up_is_the_students_alone_and_both_gradients_are_clipped(given, rates, clip, monkeypatch):
+    seen, clips = [], set()
+    descend = training.descend
+    monkeypatch.setattr(training, "set_learning_rate", lambda optimizer, rate: seen.append(rate))
+    monkeypatch.setattr(training, "descend", lambda optimizer, clip=None: clips.add(clip) or descend(optimizer, clip))
+    distill(small_ring(), objective=Own(), schedule="constant", learning_rate=0.01, critic_learning_rate=0.02,
+            **given, **QUICK)
+    assert seen[::2] == pytest.approx([0.01 * factor for factor in rates])
+    assert seen[1::2] == pytest.approx([0.02] * 3)
+    assert clips == {clip}
 
 
 @pytest.mark.parametrize("levels", [(), (0.3,)])
@@ -475,6 +498,7 @@ NAN = torch.full((10, 2), float("nan"))
     ({"steps": 2.5}, ValueError, "steps=2.5"),
     ({"batch_size": 0}, ValueError, "batch_size=0"),
     ({"critic_steps": 0}, ValueError, "critic_steps=0"),
+    ({"warmup": -1}, ValueError, "warmup=-1"),
     ({"evaluate_every": 0}, ValueError, "evaluate_every=0"),
     ({"checkpoint_every": 0}, ValueError, "checkpoint_every=0"),
     ({"sigma_min": -1.0}, ValueError, "sigma_min=-1.0"),

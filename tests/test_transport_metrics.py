@@ -18,6 +18,7 @@ from minidistill.metrics import (
     grid_kl,
     kl_on_grid,
     mode_coverage,
+    over_floor,
     reverse_kl_on_grid,
 )
 from minidistill.transport import sliced_wasserstein, wasserstein_1d
@@ -184,6 +185,29 @@ def test_mode_coverage_measures_in_each_components_own_axes():
 def fid_inputs(d=5):
     x, y = normal(200, d), normal(150, d, seed=1) @ normal(d, d, seed=2) + 0.5
     return x, y
+
+
+def test_over_floor_is_one_for_exact_samples_and_grows_with_a_shift():
+    """Means over pairs of sets leave about a tenth of noise (one floor alone varies by half). By hand for two sets."""
+    target = ring(k=4, std=0.3)
+    fresh = [target.sample(3000, torch.Generator().manual_seed(seed)) for seed in range(10, 15)]
+    ratios = [over_floor(target, x) for x in fresh]
+    assert sum(ratios) / 5 == pytest.approx(1, abs=0.25)
+    shifted = over_floor(target, fresh[0] + torch.tensor([0.2, 0.0]))
+    assert shifted > 2 * max(ratios)
+    rng, a = torch.Generator().manual_seed(7), fresh[0]
+    b, c = target.sample(3000, rng), target.sample(3000, rng)
+
+    def distance(x, y):
+        return float(sliced_wasserstein(x, y, generator=torch.Generator().manual_seed(0)))
+
+    wanted = (distance(a, b) + distance(a, c)) / 2 / distance(c, b)
+    assert over_floor(target, a, seed=7, sets=2) == pytest.approx(wanted)
+    with pytest.raises(ValueError, match="sets=1: wanted"):
+        over_floor(target, a, sets=1)
+    with pytest.raises(ValueError, match="samples has shape"):
+        over_floor(target, a[:, :1])
+
 
 
 def test_frechet_distance_is_scipys_and_torchmetrics():

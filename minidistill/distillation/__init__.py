@@ -52,12 +52,13 @@ OBJECTIVES: dict[str, Objective] = {
     "diff_instruct": DistributionMatching(divergences.F["reverse_kl"], normalise=False),
     "dmd": DMD(),
     "dmd2": DMD2(),
-    # Its weight is 1 / r, largest where the student is alone and the ratio least known.
-    "neyman": DistributionMatching(divergences.F["neyman"], clip=2.0),
+    # Their weights, r^2 and 1 / r, are largest where one of the two is alone and the ratio least known.
+    "pearson": DistributionMatching(divergences.F["pearson"], clip=2.0),
+    "neyman": DistributionMatching(divergences.F["neyman"], clip=1.0),
     "skew_jensen_shannon": DistributionMatching(divergences.skew_jensen_shannon(0.25)),
     "score_of_mixture": ScoreOfMixture(),
     "sim": ScoreImplicitMatching(divergences.pseudo_huber(0.1)),
-    "sim_l2": ScoreImplicitMatching(divergences.squared_l2(), normalise=True),
+    "sim_l2": ScoreImplicitMatching(divergences.squared_l2(), normalise=True, warmup=100, gradient_clip=1.0),
     "sid": ScoreIdentity(alpha=1.2),
     "sida": AdversarialScoreIdentity(),
     "fisher": ScoreIdentity(alpha=0.5),
@@ -83,6 +84,7 @@ def distill(
     sigma_max: float | None = None,
     student_levels: Sequence[float] = (),
     ema_halflife: float = 100_000,
+    warmup: int | None = None,
     clip: float | None = None,
     hold: float = 0.2,
     schedule: str = "linear",
@@ -121,7 +123,9 @@ def distill(
         student_levels: noise levels, descending below sigma_init, at which a student of several steps is called again
             on its own samples with new noise; () for one step.
         ema_halflife: of the generator's average, in samples.
-        clip: bound on the norm of either gradient; None for none.
+        warmup: steps in which the student's learning rate rises to its full size, while the critics' is full at once;
+            None for the objective's own (100 of `sim_l2`), else 0.
+        clip: bound on the norm of either gradient; None for the objective's own (1 of `sim_l2` and `sida`), else none.
         hold, schedule: the share of the run after which the learning rates fall to 0, and how: "linear" or "cosine";
             "constant" for not at all.
         flip: mirror real images left to right half of the time.
@@ -159,6 +163,8 @@ def distill(
     needs = Needs.of(rule)
     critic_steps = needs.critic_steps or 3 if critic_steps is None else critic_steps
     learning_rate = needs.learning_rate or 2e-3 if learning_rate is None else learning_rate
+    warmup = needs.warmup or 0 if warmup is None else warmup
+    clip = needs.gradient_clip if clip is None else clip
     for name, value in (
         ("learning_rate", learning_rate), ("critic_learning_rate", critic_learning_rate), ("sigma_init", sigma_init),
         ("sigma_min", sigma_min), ("sigma_max", sigma_max), ("ema_halflife", ema_halflife), ("hold", hold),
@@ -170,6 +176,7 @@ def distill(
     for name, count in (("steps", steps), ("batch_size", batch_size), ("critic_steps", critic_steps),
                         ("evaluate_every", evaluate_every), ("accumulate", accumulate)):
         _validate.whole(name, count)
+    _validate.whole("warmup", warmup, least=0)
     parallel.parts(batch_size, accumulate)
     _validate.choose("schedule", schedule, SCHEDULES)
     check_patience(patience, monitor, evaluate is not None or inspect is not None)
@@ -200,11 +207,14 @@ def distill(
         config["student_levels"] = list(run.generator.levels)
     if schedule != "linear":
         config["schedule"] = schedule
+    if warmup:
+        config["warmup"] = warmup
     description = objective if isinstance(objective, str) else type(rule).__name__
     return train(
         run, rule, steps=steps, batch_size=batch_size, critic_steps=critic_steps, learning_rate=learning_rate,
         critic_learning_rate=critic_learning_rate, sigma_min=sigma_min, sigma_max=sigma_max, hold=hold,
-        schedule=schedule, clip=clip, ema_halflife=ema_halflife, accumulate=accumulate, speed=speed or Speed(), rng=rng,
-        config=config, evaluate=evaluate, inspect=inspect, callback_every=evaluate_every, patience=patience,
-        monitor=monitor, **({"description": description} | fit_options),
+        schedule=schedule, warmup=warmup, clip=clip, ema_halflife=ema_halflife, accumulate=accumulate,
+        speed=speed or Speed(), rng=rng, config=config, evaluate=evaluate, inspect=inspect,
+        callback_every=evaluate_every, patience=patience, monitor=monitor,
+        **({"description": description} | fit_options),
     )

@@ -43,11 +43,17 @@ class ScoreImplicitMatching(Terms):
 
     d' has to be continuous where samples are: autograd does not see a jump. Only L2 has one, at y = 0, and only in
     one dimension does it matter.
+
+    warmup, gradient_clip: as `warmup` and `clip` of `distill`; for a distance whose d' is unbounded. A sample that
+        leaps away then pulls the harder the farther it is, both at the student and at the critic that has to learn
+        where it went (notebook 10).
     """
 
     distance: ScoreDistance
     normalise: bool = False
     alpha: float = 1.0
+    warmup: int = 0
+    gradient_clip: float | None = None
     needs_ratio = False
 
     def critic_loss(self, batch: Batch) -> Tensor:
@@ -96,7 +102,7 @@ class AdversarialScoreIdentity(Terms):
 
     weight: of the generator's adversarial term, on SiD's own scale; critic_weight: of the logistic regression beside
     the fake's denoising loss, both of which shape the same features. With three critic steps instead of five, runs
-        with an exact teacher ran away.
+        with an exact teacher ran away, and one of five still did without a clip.
     """
 
     alpha: float = 1.0
@@ -104,6 +110,7 @@ class AdversarialScoreIdentity(Terms):
     weight: float = 1.0
     critic_weight: float = 1.0
     critic_steps: int = 5
+    gradient_clip: float = 1.0
     needs_ratio = False
     needs_real = True
     needs_features = True

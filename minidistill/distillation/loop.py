@@ -62,6 +62,7 @@ def train(
     sigma_max: float,
     hold: float,
     schedule: str,
+    warmup: int,
     clip: float | None,
     ema_halflife: float,
     accumulate: int,
@@ -144,7 +145,8 @@ def train(
 
     def update(state: training.State) -> dict[str, Tensor]:
         factor = rate(training.schedule(state.step, steps, hold=hold))
-        training.set_learning_rate(generator_optimizer, learning_rate * factor)
+        rise = training.schedule(state.step, steps, warmup, hold=1)  # of the student's alone: first its critics learn
+        training.set_learning_rate(generator_optimizer, learning_rate * factor * rise)
         training.set_learning_rate(critic_optimizer, critic_learning_rate * factor)
         z = normal()
         label: list[Tensor | None] = [None] * accumulate

@@ -28,7 +28,9 @@ class Needs:
     pairs: int = 0  # so many pairs of noise and the teacher's samples
     uniform: bool = False  # a number in [0, 1) for each sample
     critic_steps: int | None = None  # critic updates for each of the student's, unless the caller says how many
-    learning_rate: float | None = None  # of the student, unless the caller says which
+    learning_rate: float | None = None  # of the student, unless the caller says which; and likewise
+    warmup: int | None = None  # steps in which that rises
+    gradient_clip: float | None = None  # bound on the norm of either gradient
 
     @property
     def data(self) -> bool:
@@ -37,10 +39,10 @@ class Needs:
 
     @classmethod
     def of(cls, objective: object) -> Needs:
-        names = {name: f"needs_{name}" for name in ("ratio", "real", "features", "pairs", "uniform")}
-        asked = {name: getattr(objective, attribute, getattr(cls, name)) for name, attribute in names.items()}
-        return cls(**asked, critic_steps=getattr(objective, "critic_steps", None),
-                   learning_rate=getattr(objective, "learning_rate", None))
+        needs = {name: f"needs_{name}" for name in ("ratio", "real", "features", "pairs", "uniform")}
+        own = {name: name for name in ("critic_steps", "learning_rate", "warmup", "gradient_clip")}
+        return cls(**{name: getattr(objective, attribute, getattr(cls, name))
+                      for name, attribute in (needs | own).items()})
 
 
 @dataclass

@@ -1,0 +1,127 @@
+"""The long experiments: their trials, students, numbers, and a sweep that goes on where it was."""
+
+import json
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+import torch
+
+from minidistill import metrics, sweep
+from minidistill.distillation import OBJECTIVES, Distilled, draw
+from minidistill.distributions import GaussianMixture
+from minidistill.networks import MLP, Denoiser, Generator
+
+TRIALS = [(study, name) for study, trials in sweep.STUDIES.items() for name in trials]
+
+
+@pytest.mark.parametrize(("study", "name"), TRIALS, ids=lambda text: text)
+def test_every_trial_runs(study, name):
+    row = sweep.run(study, name, 0, at_most=2)
+    assert (row["study"], row["name"], row["seed"], row["n"]) == (study, name, 0, sweep.N)
+    assert row.pop("samples").shape == (sweep.KEPT, 2)
+    assert np.isfinite([value for value in row.values() if isinstance(value, float)]).all()
+
+
+def test_every_objective_is_tried_on_both_targets():
+    assert set(sweep.STUDIES["ring"]) == set(sweep.STUDIES["lattice"]) == set(OBJECTIVES)
+    for trials in sweep.STUDIES.values():
+        for trial in trials.values():
+            rule = OBJECTIVES[trial.objective] if isinstance(trial.objective, str) else trial.objective
+            assert hasattr(rule, "terms"), trial
+            assert {trial.teacher, trial.truth or trial.teacher} <= set(sweep.TARGETS)
+
+
+def test_where_students_start():
+    """Displaced by three radii to a tenth of one; collapsed on the first mode, all but a fraction of it."""
+    ring = sweep.TARGETS["ring"]
+    usual, moved = (draw(make(ring, 3), 2000) for make in (sweep.student, sweep.displaced))
+    torch.testing.assert_close(moved - usual, torch.tensor([[6.0, 0.0]]).expand(2000, 2), atol=1e-4, rtol=0)
+    shares = metrics.mode_coverage(ring, draw(sweep.collapsed(ring, 0), 2000)).shares
+    assert shares[0] > 0.9
+    assert sum(p.numel() for p in sweep.narrow(ring, 0).parameters()) < 2500
+
+
+class Shrink(torch.nn.Module):
+    """A generator of N(0, 0.5^2), exactly."""
+
+    shape, n_classes, sigma_data = (2,), 0, 0.5
+
+    def forward(self, x, sigma, label=None):
+        return x / 2
+
+
+def test_the_critic_gap_is_that_of_the_student_as_it_is():
+    """An exact critic scores the estimate's own error, under 0.05; one off by a constant, that constant."""
+    generator, own = Generator(Shrink(), 1.0), GaussianMixture([[0.0, 0.0]], 0.5)
+    generator.register_parameter("none", torch.nn.Parameter(torch.zeros(1)))
+    for offset, wanted in ((0.0, 0.0), (0.4, 0.8)):
+        fake = lambda x, sigma, label=None, by=offset: own(x, sigma, label) + by  # noqa: E731
+        made = Distilled(generator, generator, [], own, fake, None)
+        assert sweep.critic_gap(made, 0.5) == pytest.approx(wanted, abs=0.05)
+
+
+def test_a_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
+    done = []
+
+    def run(study, name, seed, at_most):
+        done.append((study, name, seed))
+        return {"study": study, "name": name, "seed": seed, "steps": at_most,
+                "samples": np.full((sweep.KEPT, 2), seed, np.float32)}
+
+    class Here:
+        """A pool of no processes."""
+
+        def __init__(self, *arguments, **options):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def submit(self, f, *arguments):
+            future: Future = Future()
+            future.set_result(f(*arguments))
+            return future
+
+    monkeypatch.setattr(sweep, "run", run)
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", Here)
+    sweep.sweep(tmp_path, ["alpha"], seeds=1, at_most=2)
+    sweep.sweep(tmp_path, ["capacity", "alpha"], seeds=2, at_most=2)
+    assert len(done) == len(set(done)) == 10
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    names = list(sweep.STUDIES["alpha"])
+    assert [(row["study"], row["name"], row["seed"]) for row in rows] == [
+        *[("alpha", name, seed) for name in names for seed in (0, 1)],
+        ("capacity", "16 units", 0), ("capacity", "16 units", 1)]
+    points = np.load(tmp_path / "samples.npz")
+    assert set(points.files) == {f"alpha: {name}" for name in names} | {"capacity: 16 units"}
+    assert points["alpha: 1"].shape == (sweep.KEPT, 2)
+
+
+def test_the_command_line_names_its_studies(capsys):
+    with pytest.raises(SystemExit):
+        sweep.main(["--studies", "rings"])
+    assert "invalid choice: 'rings'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        sweep.main(["--help"])
+    assert "slow critic" in capsys.readouterr().out
+
+
+def test_stabilisers_are_switched_off_one_at_a_time():
+    rules = [trial.objective for trial in sweep.STUDIES["stabilisers"].values()]
+    fields = ("normalise", "clip", "levels", "unit_mean")
+    usual = [getattr(OBJECTIVES["forward_kl"], name) for name in fields]
+    changed = [[getattr(rule, f) != u for f, u in zip(fields, usual, strict=True)] for rule in rules]
+    assert [sum(row) for row in changed] == [1, 1, 1, 1]
+    assert all(any(row[i] for row in changed) for i in range(4))
+
+
+def test_networks_of_the_students():
+    generator = sweep.student(sweep.TARGETS["lattice"], 0)
+    assert isinstance(generator.denoiser, Denoiser)
+    assert isinstance(generator.denoiser.network, MLP)
+    assert generator.sigma_init == pytest.approx(0.5 * sweep.TARGETS["lattice"].sigma_data)
+
