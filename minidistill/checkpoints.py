@@ -167,7 +167,7 @@ def save_model(
     half: weights in float16, half the size. limit: as for `write`. Returns the files written.
     Raises TypeError for a model whose network is not one of `NETWORKS`.
     """
-    denoiser = model.denoiser if isinstance(model, Generator) else model
+    denoiser: Any = model.denoiser if isinstance(model, Generator) else model
     config = getattr(getattr(denoiser, "network", None), "config", None)
     if config is None or config.get("kind") not in NETWORKS:
         raise TypeError(f"model has a {type(denoiser).__name__}; wanted one around {' or '.join(NETWORKS)}")

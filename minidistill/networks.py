@@ -151,6 +151,24 @@ class Denoiser(Preconditioned):
             return self.network.features(scale * x, c_noise, label).to(x.dtype)  # type: ignore[operator]
 
 
+class Affine(nn.Module):
+    """D(x) = mean + std x, each coordinate with its own: as a generator (`Generator(Affine(...), 1.0)`) one Gaussian
+    with axes along the coordinates, a student that is too small for most teachers. The noise level is not looked at."""
+
+    n_classes = 0
+
+    def __init__(self, shape: tuple[int, ...], mean: float = 0.0, std: float = 1.0, sigma_data: float = 1.0) -> None:
+        super().__init__()
+        _validate.positive("std", std)
+        _validate.positive("sigma_data", sigma_data)
+        self.shape, self.sigma_data = tuple(shape), float(sigma_data)
+        self.mean, self.log_std = (nn.Parameter(torch.full(shape, value)) for value in (float(mean), math.log(std)))
+
+    def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
+        check_input(self, x, label)
+        return self.mean + self.log_std.exp() * x
+
+
 class Correction(nn.Module):
     """An exact teacher plus a learned correction, D_teacher + c_out F: the fake network of a teacher that has
     no weights to start from. It starts as the teacher (F is 0 at first), as the papers' fake networks do."""
@@ -189,7 +207,7 @@ class Generator(nn.Module):
     noise (DMD2); () for one step.
     """
 
-    def __init__(self, denoiser: Denoiser, sigma_init: float) -> None:
+    def __init__(self, denoiser: Denoiser | Affine, sigma_init: float) -> None:
         super().__init__()
         _validate.positive("sigma_init", sigma_init)
         self.denoiser, self.sigma_init = denoiser, float(sigma_init)

@@ -105,6 +105,32 @@ def curves(
     return ax
 
 
+def dots(
+    groups: Mapping[str, Sequence[float]], ax: Axes | None = None, *, xlabel: str = "KL(p || q), nats",
+    log: bool = True, most: float | None = None, color: object = STUDENT, filled: bool = True, title: str = "",
+) -> Axes:
+    """A row for each name, from the top: a point for every run and a bar at their median. Runs above `most` (or not
+    finite) are crosses at the right edge. Called again on the same axes with the same names, it adds to the rows."""
+    ax = _axes(ax, (5.5, 0.6 + 0.35 * len(groups)))
+    for row, values in enumerate(groups.values()):
+        x = np.asarray(values, dtype=float)
+        lost = ~np.isfinite(x) if most is None else ~(x <= most)
+        y = row + np.linspace(-0.18, 0.18, len(x)) if len(x) > 1 else np.full(len(x), float(row))
+        face = {"color": color} if filled else {"facecolors": "none", "edgecolors": [color]}
+        ax.scatter(x[~lost], y[~lost], s=26, linewidths=1.2, zorder=3, **face)
+        if len(x) and not lost.all():
+            ax.plot([np.median(x[~lost])] * 2, [row - 0.34, row + 0.34], color=color, linewidth=2, zorder=2)
+        ax.scatter(np.ones(lost.sum()), y[lost], marker="x", s=40, color=[color], clip_on=False, zorder=4,
+                   transform=ax.get_yaxis_transform())
+    ax.set_yticks(range(len(groups)), list(groups))
+    ax.set_ylim(len(groups) - 0.5, -0.5)
+    if log:
+        ax.set_xscale("log")
+        _label_log(ax.xaxis)
+    ax.set(xlabel=xlabel, title=title)
+    return ax
+
+
 def _label_log(axis: Axis) -> None:
     """Plain numbers at 1, 2 and 5 on a logarithmic axis of few decades."""
     low, high = axis.get_view_interval()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -192,8 +192,9 @@ def measure(made: Distilled, truth: GaussianMixture, seed: int) -> dict[str, Any
         "kl": kl.kl, "reverse_kl": kl.reverse_kl, "outside": kl.outside, "modes": coverage.covered,
         "worst": coverage.worst, "high_quality": coverage.high_quality,
         "off_weights": float((coverage.shares - truth.weights).abs().sum() / 2),  # total variation
-        "over_floor": metrics.over_floor(truth, samples, seed), "critic_gap": critic_gap(made, truth.sigma_data),
-        "samples": samples[:KEPT].numpy(),
+        "over_floor": metrics.over_floor(truth, samples, seed),
+        "critic_gap": critic_gap(made, truth.sigma_data, N // 10),
+        "samples": samples[:KEPT].clamp(-1e4, 1e4).numpy(),  # a lost student's are beyond what float16 holds
     }
 
 
@@ -209,14 +210,58 @@ def critic_gap(made: Distilled, sigma_data: float, n: int = 1000) -> float:
     return float(gap.square().mean().sqrt()) / sigma_data
 
 
+class RatioQuality(NamedTuple):
+    """In nats, root mean squares over noised samples of the student."""
+
+    error: float  # of learned - exact log p / q
+    size: float  # of the exact one itself: an error of that size says nothing was learned
+
+
+@torch.no_grad()
+def ratio_quality(generator: Generator, ratio: Any, truth: GaussianMixture, sigma: float, n: int = 500) -> RatioQuality:
+    """A learned log p / q against the exact one at n noised samples of the student; q is estimated from 8 n others, a
+    kernel density whose kernel is the noise itself."""
+    points, x0 = (draw(generator, m, seed=seed) for m, seed in ((8 * n, 1), (n, 2)))
+    x = x0 + sigma * torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    exact = truth.noised(sigma).log_prob(x) - GaussianMixture(points, sigma).log_prob(x)
+    error = ratio(x, sigma) - exact
+    return RatioQuality(float(error.square().mean().sqrt()), float(exact.square().mean().sqrt()))
+
+
 # ---------------------------------------------------------------------------------- all of them
+
+@dataclass(frozen=True)
+class Stored:
+    """What a sweep left in a folder."""
+
+    about: dict[str, Any]  # hardware, torch, workers
+    rows: list[dict[str, Any]]
+    points: dict[str, Any]
+
+    def runs(self, study: str, name: str, key: str) -> list[float]:
+        """One number of every seed's run, in the order of seeds; none if there are no runs."""
+        return [row[key] for row in self.rows if (row["study"], row["name"]) == (study, name)]
+
+    def median(self, study: str, name: str, key: str) -> float:
+        return float(np.median(self.runs(study, name, key)))
+
+    def samples(self, study: str, name: str) -> Tensor:
+        """Of seed 0, (1000, 2)."""
+        return torch.from_numpy(self.points[f"{study}: {name}"].astype(np.float32))
+
+
+def read(folder: str | Path) -> Stored:
+    """The rows and samples in a folder; none if there are no files yet."""
+    file, pictures = Path(folder) / "results.json", Path(folder) / "samples.npz"
+    about = json.loads(file.read_text()) if file.exists() else {"rows": []}
+    return Stored(about, about.pop("rows"), dict(np.load(pictures)) if pictures.exists() else {})
+
 
 def sweep(out: Path, studies: Sequence[str], seeds: int, at_most: int | None = None, workers: int = 2) -> None:
     """All runs that `out` does not have yet, its rows and samples being kept after each."""
-    file, pictures = checkpoints.writable(out / "results.json"), out / "samples.npz"
-    rows = json.loads(file.read_text())["rows"] if file.exists() else []
-    points = dict(np.load(pictures)) if pictures.exists() else {}
-    have = {_key(row) for row in rows}
+    file, pictures, stored = checkpoints.writable(out / "results.json"), out / "samples.npz", read(out)
+    rows, points = stored.rows, stored.points
+    have = {(row["study"], row["name"], row["seed"]) for row in rows}
     jobs = [job for study in studies for seed in range(seeds) for name in STUDIES[study]
             if (job := (study, name, seed)) not in have]
     context = multiprocessing.get_context("spawn")
@@ -236,10 +281,6 @@ def sweep(out: Path, studies: Sequence[str], seeds: int, at_most: int | None = N
             lines = ",\n".join(json.dumps(row) for row in rows)
             with checkpoints.atomic(file) as path:
                 path.write_text(f'{json.dumps(about)[:-1]}, "rows": [\n{lines}\n]}}\n')
-
-
-def _key(row: dict[str, Any]) -> tuple[str, str, int]:
-    return row["study"], row["name"], row["seed"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

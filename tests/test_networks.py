@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from minidistill.distributions import ring
-from minidistill.networks import MLP, Correction, Denoiser, Discriminator, FeatureDiscriminator, Generator
+from minidistill.networks import MLP, Affine, Correction, Denoiser, Discriminator, FeatureDiscriminator, Generator
 from minidistill.unet import UNet
 from tests.helpers import small_denoiser
 
@@ -210,3 +210,19 @@ def test_features_are_what_the_output_is_made_of():
     scale = (s**2 + 0.25).rsqrt()
     by_hand = 0.25 * scale**2 * x + 0.5 * s * scale * denoiser.network.outward(denoiser.features(x, sigma))
     torch.testing.assert_close(denoiser(x, sigma), by_hand)
+
+
+def test_an_affine_generator_is_one_gaussian():
+    """mean + std z; its two parameters learn, and a bad one is named."""
+    generator = Generator(Affine((3,), mean=-1.0, std=0.5, sigma_data=2.0), 1.0)
+    z = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(generator(z), -1 + 0.5 * z)
+    assert (generator.shape, generator.n_classes, generator.denoiser.sigma_data) == ((3,), 0, 2.0)
+    assert [tuple(p.shape) for p in generator.parameters()] == [(3,), (3,)]
+    gradients = torch.autograd.grad(generator(z).sum(), list(generator.parameters()))
+    torch.testing.assert_close(gradients[0], torch.full((3,), 5.0))
+    torch.testing.assert_close(gradients[1], 0.5 * z.sum(0))
+    with pytest.raises(ValueError, match="std=0"):
+        Affine((2,), std=0.0)
+    with pytest.raises(ValueError, match="x has shape"):
+        generator(z[:, :2])

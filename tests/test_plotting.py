@@ -25,6 +25,7 @@ CALLS = {
     "scatter": lambda ax: plotting.scatter(SAMPLES, ax),
     "field": lambda ax: plotting.field(SAMPLES, SAMPLES, ax),
     "curves": lambda ax: plotting.curves(LINES, ax),
+    "dots": lambda ax: plotting.dots({"a": [1.0, 2.0]}, ax),
     "image_grid": lambda ax: plotting.image_grid(IMAGES, ax),
 }
 
@@ -71,6 +72,25 @@ def test_curves_have_their_own_looks_and_a_legend():
     other = plotting.curves(LINES, log=False, xlog=True)
     assert (other.get_xscale(), other.get_yscale()) == ("log", "linear")
     assert (other.get_xlabel(), other.get_ylabel()) == ("step", "KL(p || q), nats")
+
+
+def test_dots_are_runs_their_median_and_those_lost():
+    runs = {"few": [1.0, 5.0, 2.0], "lost": [3.0, 700.0, float("nan")], "none": [float("inf")]}
+    ax = plotting.dots(runs, most=10, title="runs", xlabel="error")
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(runs)
+    assert ax.get_ylim() == (2.5, -0.5)  # the first on top
+    found = [points.get_offsets() for points in ax.collections]
+    assert sorted(found[0][:, 0].tolist()) == [1, 2, 5]
+    assert all(abs(found[0][:, 1]) < 0.2)
+    assert found[2][:, 0].tolist() == [3]
+    assert [len(points) for points in found] == [3, 0, 1, 2, 0, 1]  # runs, then crosses, row by row
+    assert [line.get_xdata()[0] for line in ax.get_lines()] == [2, 3]
+    assert (ax.get_xscale(), ax.get_xlabel(), ax.get_title()) == ("log", "error", "runs")
+    again = plotting.dots({name: [1.5] for name in runs}, ax, log=False, filled=False, color="red")
+    assert again is ax
+    assert ax.collections[-2].get_facecolor().size == 0
+    everything = plotting.dots({"a": [1.0, 1e6]})
+    assert len(everything.collections[0].get_offsets()) == 2
 
 
 def test_a_short_log_axis_has_plain_numbers():

@@ -81,6 +81,24 @@ WRONG: dict[str, list[Callable[..., Any]]] = {
         lambda m, s, w: solutions.best_cover(m, s, 0 * w + 1 / len(w)),
         lambda m, s, w: solutions.best_cover(m, s, w) ** 2,
     ],
+    "dmd_gradient": [
+        lambda x, p, q: q - p, lambda x, p, q: -solutions.dmd_gradient(x, p, q),
+        lambda x, p, q: (q - p) / (x - p).abs().sum(1, keepdim=True), lambda x, p, q: (q - p) / (x - p).abs().mean(),
+    ],
+    "mixture_denoiser": [
+        lambda p, q, l, a: a * p + (1 - a) * q, lambda p, q, l, a: solutions.mixture_denoiser(p, q, -l, a),
+        lambda p, q, l, a: solutions.mixture_denoiser(q, p, l, a),
+        lambda p, q, l, a: solutions.mixture_denoiser(p, q, l, 0.5),
+    ],
+    "pseudo_huber_slope": [
+        lambda y, c: y / (y**2 + c**2).sqrt(), lambda y, c: y / (y.norm(dim=1, keepdim=True) + c),
+        lambda y, c: 2 * solutions.pseudo_huber_slope(y, c),
+    ],
+    "gaussian_fisher": [
+        lambda mp, sp, mq, sq, s: solutions.gaussian_fisher(mq, sq, mp, sp, s),
+        lambda mp, sp, mq, sq, s: solutions.gaussian_fisher(mp, sp, mq, sq, 0.0),
+        lambda mp, sp, mq, sq, s: solutions.gaussian_fisher(0.0, sp, 0.0, sq, s),
+    ],
     "normalised_ratio": [lambda r, k: r / r.mean(), lambda r, k: solutions.normalised_ratio(r, k).log()],
     "sim_gradient": [
         lambda y, r, p, q: 2 * y, lambda y, r, p, q: 2 * y - 2 * y @ q,

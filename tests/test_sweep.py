@@ -1,6 +1,5 @@
 """The long experiments: their trials, students, numbers, and a sweep that goes on where it was."""
 
-import json
 from concurrent.futures import Future
 
 import numpy as np
@@ -10,15 +9,17 @@ import torch
 from minidistill import metrics, sweep
 from minidistill.distillation import OBJECTIVES, Distilled, draw
 from minidistill.distributions import GaussianMixture
-from minidistill.networks import MLP, Denoiser, Generator
+from minidistill.networks import MLP, Affine, Denoiser, Generator
 
 TRIALS = [(study, name) for study, trials in sweep.STUDIES.items() for name in trials]
 
 
 @pytest.mark.parametrize(("study", "name"), TRIALS, ids=lambda text: text)
-def test_every_trial_runs(study, name):
+def test_every_trial_runs(study, name, monkeypatch):
+    monkeypatch.setattr(sweep, "N", 300)
+    monkeypatch.setattr(sweep, "KEPT", 100)
     row = sweep.run(study, name, 0, at_most=2)
-    assert (row["study"], row["name"], row["seed"], row["n"]) == (study, name, 0, sweep.N)
+    assert (row["study"], row["name"], row["seed"], row["n"]) == (study, name, 0, 300)
     assert row.pop("samples").shape == (sweep.KEPT, 2)
     assert np.isfinite([value for value in row.values() if isinstance(value, float)]).all()
 
@@ -42,23 +43,35 @@ def test_where_students_start():
     assert sum(p.numel() for p in sweep.narrow(ring, 0).parameters()) < 2500
 
 
-class Shrink(torch.nn.Module):
-    """A generator of N(0, 0.5^2), exactly."""
-
-    shape, n_classes, sigma_data = (2,), 0, 0.5
-
-    def forward(self, x, sigma, label=None):
-        return x / 2
+def exact_student():
+    """A generator of N(0, 0.5^2), and its law."""
+    return Generator(Affine((2,), 0.0, 0.5), 1.0), GaussianMixture([[0.0, 0.0]], 0.5)
 
 
 def test_the_critic_gap_is_that_of_the_student_as_it_is():
     """An exact critic scores the estimate's own error, under 0.05; one off by a constant, that constant."""
-    generator, own = Generator(Shrink(), 1.0), GaussianMixture([[0.0, 0.0]], 0.5)
-    generator.register_parameter("none", torch.nn.Parameter(torch.zeros(1)))
+    generator, own = exact_student()
     for offset, wanted in ((0.0, 0.0), (0.4, 0.8)):
         fake = lambda x, sigma, label=None, by=offset: own(x, sigma, label) + by  # noqa: E731
         made = Distilled(generator, generator, [], own, fake, None)
         assert sweep.critic_gap(made, 0.5) == pytest.approx(wanted, abs=0.05)
+
+
+def test_ratio_quality_is_the_error_of_the_log_ratio():
+    """0 for the exact ratio, up to the kernel density's error; off by a constant, that; nothing learned, its size."""
+    (generator, own), truth = exact_student(), sweep.TARGETS["ring"]
+
+    def exact(x, sigma):
+        return truth.noised(sigma).log_prob(x) - own.noised(sigma).log_prob(x)
+
+    for sigma in (0.2, 1.0):
+        assert sweep.ratio_quality(generator, exact, truth, sigma).error < 0.1
+        off = sweep.ratio_quality(generator, lambda x, s: exact(x, s) + 2, truth, sigma)
+        assert off.error == pytest.approx(2, abs=0.1)
+        nothing = sweep.ratio_quality(generator, lambda x, s: torch.zeros(len(x)), truth, sigma)
+        assert nothing.error == pytest.approx(nothing.size)
+        x = own.noised(sigma).sample(20_000, torch.Generator().manual_seed(0))
+        assert nothing.size == pytest.approx(float(exact(x, sigma).square().mean().sqrt()), rel=0.1)
 
 
 def test_a_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -91,14 +104,16 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
     sweep.sweep(tmp_path, ["alpha"], seeds=1, at_most=2)
     sweep.sweep(tmp_path, ["capacity", "alpha"], seeds=2, at_most=2)
     assert len(done) == len(set(done)) == 10
-    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    names = list(sweep.STUDIES["alpha"])
-    assert [(row["study"], row["name"], row["seed"]) for row in rows] == [
+    stored, names = sweep.read(tmp_path), list(sweep.STUDIES["alpha"])
+    assert [(row["study"], row["name"], row["seed"]) for row in stored.rows] == [
         *[("alpha", name, seed) for name in names for seed in (0, 1)],
         ("capacity", "16 units", 0), ("capacity", "16 units", 1)]
-    points = np.load(tmp_path / "samples.npz")
-    assert set(points.files) == {f"alpha: {name}" for name in names} | {"capacity: 16 units"}
-    assert points["alpha: 1"].shape == (sweep.KEPT, 2)
+    assert set(stored.points) == {f"alpha: {name}" for name in names} | {"capacity: 16 units"}
+    assert stored.runs("alpha", "1", "seed") == [0, 1]
+    assert stored.median("alpha", "1", "seed") == 0.5
+    assert stored.runs("alpha", "none", "seed") == []
+    assert torch.equal(stored.samples("alpha", "1"), torch.zeros(sweep.KEPT, 2))
+    assert stored.about["workers"] == 2
 
 
 def test_the_command_line_names_its_studies(capsys):

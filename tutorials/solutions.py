@@ -125,6 +125,30 @@ def best_cover(means, stds, weights):
     return torch.stack([mean, (weights * (stds**2 + (means - mean) ** 2)).sum().sqrt()])
 
 
+# 09_distribution_matching
+def dmd_gradient(x0, teacher_x0, fake_x0):
+    """The difference of the denoisers, over how far the teacher would move the sample: one number a sample."""
+    return (fake_x0 - teacher_x0) / (x0 - teacher_x0).abs().mean(1, keepdim=True)
+
+
+def mixture_denoiser(teacher_x0, fake_x0, log_ratio, alpha):
+    """E[x0 | x] is the mean of both, by the probability rho that x came from the teacher."""
+    rho = torch.sigmoid(log_ratio + math.log(alpha / (1 - alpha)))[:, None]
+    return rho * teacher_x0 + (1 - rho) * fake_x0
+
+
+# 10_score_implicit_matching
+def pseudo_huber_slope(y, c):
+    """The length is that of a whole row, so that d' points along y."""
+    return y / (y.square().sum(1, keepdim=True) + c**2).sqrt()
+
+
+def gaussian_fisher(mean_p, std_p, mean_q, std_q, sigma):
+    """s_p - s_q = (1 / q - 1 / p) (x - mean_q) + (mean_p - mean_q) / p with the noised variances p and q."""
+    p, q = std_p**2 + sigma**2, std_q**2 + sigma**2
+    return q * (1 / q - 1 / p) ** 2 + ((mean_p - mean_q) / p) ** 2
+
+
 # 15_digits
 def normalised_ratio(ratio, level):
     """E_q[p / q] = 1 at every noise level, so that each level has its own mean."""

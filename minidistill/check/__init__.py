@@ -7,6 +7,8 @@ or the first mismatch, and returns whether `f` is correct. The answers are in `t
 from minidistill.check._core import claims
 from minidistill.check.divergences import chi_squared_conjugate, flipped_weight
 from minidistill.check.gradients import best_cover, divergence_weight, reverse_kl_gradient
+from minidistill.check.implicit import gaussian_fisher, pseudo_huber_slope
+from minidistill.check.matching import dmd_gradient, mixture_denoiser
 from minidistill.check.samplers import ddim_step, gaussian_flow
 from minidistill.check.scores import (
     best_share,
@@ -32,5 +34,7 @@ __all__ = [
     "ddim_step", "gaussian_flow",  # 06
     "flipped_weight", "chi_squared_conjugate",  # 07
     "divergence_weight", "reverse_kl_gradient", "best_cover",  # 08
+    "dmd_gradient", "mixture_denoiser",  # 09
+    "pseudo_huber_slope", "gaussian_fisher",  # 10
     "normalised_ratio", "sim_gradient", "c_out", "ema_decay", "mirror", "noise_through", "sid_loss",  # 15 to 17
 ]
