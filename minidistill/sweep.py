@@ -144,8 +144,8 @@ STUDIES: dict[str, dict[str, Trial]] = {
         "sida": Trial("sida", "uneven ring", "ring"),
     },
     "stabilisers": {
-        "no clip": without(clip=None), "no division by the level's mean": without(levels=0),
-        "no unit mean": without(unit_mean=False), "no normaliser": without(normalise=False),
+        "no scale": without(scale=False), "no clip": without(clip=None), "no level means": without(levels=0),
+        "no unit mean": without(unit_mean=False), "none": without(normalise=False),
     },
     "alpha": {f"{alpha:g}": Trial(ScoreIdentity(alpha), **FROM_SIM) for alpha in (0.0, 0.5, 1.0, 1.2)},
     # Started far from the data; sim_l2 also without its warm-up and clip, from the usual start.

@@ -144,6 +144,11 @@ def test_each_stabiliser_can_be_switched_off():
     torch.testing.assert_close(weight(unit_mean=True), r / r.mean())
     torch.testing.assert_close(weight(levels=4), r / level_mean(r, sigma, 4))
     assert float(weight(levels=4).reshape(4, -1).mean(1).sub(1).abs().max()) < 1e-5
+    off = {"clip": None, "levels": 0, "unit_mean": False}
+    bare, scaled = (DistributionMatching(row, scale=scale, **off).pull(batch) for scale in (False, True))
+    torch.testing.assert_close(bare[0] * scaled[1], scaled[0])
+    assert torch.equal(bare[1], torch.ones(n, 1))
+    assert torch.equal(bare[0], DistributionMatching(row, normalise=False).pull(batch)[0])
 
 
 # ------------------------------------------------- SiDA

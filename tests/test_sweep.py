@@ -127,11 +127,11 @@ def test_the_command_line_names_its_studies(capsys):
 
 def test_stabilisers_are_switched_off_one_at_a_time():
     rules = [trial.objective for trial in sweep.STUDIES["stabilisers"].values()]
-    fields = ("normalise", "clip", "levels", "unit_mean")
+    fields = ("scale", "clip", "levels", "unit_mean", "normalise")
     usual = [getattr(OBJECTIVES["forward_kl"], name) for name in fields]
     changed = [[getattr(rule, f) != u for f, u in zip(fields, usual, strict=True)] for rule in rules]
-    assert [sum(row) for row in changed] == [1, 1, 1, 1]
-    assert all(any(row[i] for row in changed) for i in range(4))
+    assert [sum(row) for row in changed] == [1] * 5
+    assert all(any(row[i] for row in changed) for i in range(5))
 
 
 def test_networks_of_the_students():

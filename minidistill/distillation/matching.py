@@ -36,18 +36,20 @@ def ratio_loss(batch: Batch) -> Tensor:
 class DistributionMatching(Terms):
     """Gradient -E[ h(r) (s_p - s_q) dx/dtheta ] of D_f(p_sigma || q_sigma), averaged over noise levels.
 
-    Four stabilisers, each with its switch; with all of them off the loss's gradient is that of sigma^2 D_f exactly:
+    Four stabilisers, each with its switch:
 
-    normalise: divide by DMD's per-sample scale, and where h is not constant use the next three.
+    scale: divide by DMD's mean |x0 - D_p|, one number a sample.
     clip: bound on |log r|, which bounds the weights; None for none.
     levels: how many groups of like noise level, of equal size, r is divided by its mean in, which is 1 for the exact
         ratio; 0 for no division.
     unit_mean: divide h by its batch mean. Means are over what is computed at once, so over a piece where a batch is
         accumulated in pieces.
+    normalise: False switches all four off; the loss's gradient is then that of sigma^2 D_f exactly.
     """
 
     divergence: FDivergence
     normalise: bool = True
+    scale: bool = True
     clip: float | None = 5.0
     levels: int = 10
     unit_mean: bool = True
@@ -71,7 +73,7 @@ class DistributionMatching(Terms):
         (n, 1, ..., 1)."""
         xt = batch.xt
         teacher_x0, fake_x0 = batch.denoise_both(xt)
-        scale = dmd_scale(batch.x0, teacher_x0) if self.normalise else no_weights(xt)
+        scale = dmd_scale(batch.x0, teacher_x0) if self.normalise and self.scale else no_weights(xt)
         h = self._weight(batch, xt).reshape(scale.shape) if self.needs_ratio else self._constant()
         return scale * h * (teacher_x0 - fake_x0), scale
 
