@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -118,14 +119,22 @@ def over_floor(target: GaussianMixture, samples: Tensor, seed: int = 0, sets: in
     by half. ValueError for samples of another shape than the target's, or fewer than 2 sets."""
     _validate.samples("samples", samples, target.shape)
     _validate.whole("sets", sets, least=2)
+    exact, floor = _exact_sets(target, len(samples), seed, sets)
+    return _mean_distance(samples, exact) / floor
+
+
+@lru_cache(maxsize=4)  # of mixtures by identity: students of one target share them
+def _exact_sets(target: GaussianMixture, n: int, seed: int, sets: int) -> tuple[list[Tensor], float]:
+    """Exact sets of n samples, and the mean distance over all pairs of them."""
     rng = torch.Generator(target.means.device).manual_seed(seed)
-    exact = [target.sample(len(samples), rng) for _ in range(sets)]
+    exact = [target.sample(n, rng) for _ in range(sets)]
+    total = sum(i * _mean_distance(x, exact[:i]) for i, x in enumerate(exact) if i)
+    return exact, total / (sets * (sets - 1) / 2)
 
-    def distance(x: Tensor, others: Sequence[Tensor]) -> float:
-        return sum(float(sliced_wasserstein(x, y, generator=torch.Generator().manual_seed(0))) for y in others)
 
-    floor = sum(distance(x, exact[:i]) for i, x in enumerate(exact)) / (sets * (sets - 1) / 2)
-    return distance(samples, exact) / sets / floor
+def _mean_distance(x: Tensor, others: Sequence[Tensor]) -> float:
+    distances = [sliced_wasserstein(x, y, generator=torch.Generator().manual_seed(0)) for y in others]
+    return float(sum(distances)) / len(distances)
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:

@@ -14,7 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
 from minidistill import _validate, checkpoints
@@ -109,8 +109,9 @@ def dots(
     groups: Mapping[str, Sequence[float]], ax: Axes | None = None, *, xlabel: str = "KL(p || q), nats",
     log: bool = True, most: float | None = None, color: object = STUDENT, filled: bool = True, title: str = "",
 ) -> Axes:
-    """A row for each name, from the top: a point for every run and a bar at their median. Runs above `most` (or not
-    finite) are crosses at the right edge. Called again on the same axes with the same names, it adds to the rows."""
+    """A row for each name, from the top: a point for every run and a bar at their median, if that is finite. Runs above
+    `most` (or not finite) are crosses at the right edge and count as infinite. Called again on the same axes with the
+    same names, it adds to the rows."""
     ax = _axes(ax, (5.5, 0.6 + 0.35 * len(groups)))
     for row, values in enumerate(groups.values()):
         x = np.asarray(values, dtype=float)
@@ -118,13 +119,14 @@ def dots(
         y = row + np.linspace(-0.18, 0.18, len(x)) if len(x) > 1 else np.full(len(x), float(row))
         face = {"color": color} if filled else {"facecolors": "none", "edgecolors": [color]}
         ax.scatter(x[~lost], y[~lost], s=26, linewidths=1.2, zorder=3, **face)
-        if len(x) and not lost.all():
-            ax.plot([np.median(x[~lost])] * 2, [row - 0.34, row + 0.34], color=color, linewidth=2, zorder=2)
+        if 2 * lost.sum() < len(x):
+            median = np.median(np.where(lost, np.inf, x))
+            ax.plot([median] * 2, [row - 0.34, row + 0.34], color=color, linewidth=2, zorder=2)
         ax.scatter(np.ones(lost.sum()), y[lost], marker="x", s=40, color=[color], clip_on=False, zorder=4,
                    transform=ax.get_yaxis_transform())
     ax.set_yticks(range(len(groups)), list(groups))
     ax.set_ylim(len(groups) - 0.5, -0.5)
-    if log:
+    if log and any(len(values) for values in groups.values()):
         ax.set_xscale("log")
         _label_log(ax.xaxis)
     ax.set(xlabel=xlabel, title=title)
@@ -132,12 +134,15 @@ def dots(
 
 
 def _label_log(axis: Axis) -> None:
-    """Plain numbers at 1, 2 and 5 on a logarithmic axis of few decades."""
+    """Plain numbers at 1, 2 and 5 on a logarithmic axis of few decades, at a few even steps on a very short one."""
     low, high = axis.get_view_interval()
     if high < 300 * low:
         axis.set_major_formatter("{x:g}")
         axis.set_minor_locator(LogLocator(subs=(2, 5)))
         axis.set_minor_formatter("{x:g}")
+    if high < 4 * low:  # too short for those: evenly spaced numbers
+        axis.set_major_locator(MaxNLocator(4))
+        axis.set_minor_locator(NullLocator())
 
 
 def image_grid(images: Tensor, ax: Axes | None = None, *, columns: int = 10, title: str = "") -> Axes:

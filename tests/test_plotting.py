@@ -84,13 +84,22 @@ def test_dots_are_runs_their_median_and_those_lost():
     assert all(abs(found[0][:, 1]) < 0.2)
     assert found[2][:, 0].tolist() == [3]
     assert [len(points) for points in found] == [3, 0, 1, 2, 0, 1]  # runs, then crosses, row by row
-    assert [line.get_xdata()[0] for line in ax.get_lines()] == [2, 3]
+    assert [line.get_xdata()[0] for line in ax.get_lines()] == [2]  # most of "lost" is infinite, and so its median
+    assert [line.get_xdata()[0] for line in plotting.dots({"a": [3.0, 1.0, 99.0]}, most=10).get_lines()] == [3]
+    assert plotting.dots({"nothing yet": []}).get_xscale() == "linear"
     assert (ax.get_xscale(), ax.get_xlabel(), ax.get_title()) == ("log", "error", "runs")
     again = plotting.dots({name: [1.5] for name in runs}, ax, log=False, filled=False, color="red")
     assert again is ax
     assert ax.collections[-2].get_facecolor().size == 0
     everything = plotting.dots({"a": [1.0, 1e6]})
     assert len(everything.collections[0].get_offsets()) == 2
+
+
+def test_a_very_short_log_axis_has_few_numbers():
+    ax = plotting.dots({"a": [0.21, 0.3, 0.33]})
+    ax.figure.canvas.draw()
+    labels = [text.get_text() for text in ax.get_xticklabels(which="both") if text.get_text()]
+    assert 2 <= len(labels) <= 6
 
 
 def test_a_short_log_axis_has_plain_numbers():

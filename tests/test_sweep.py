@@ -1,6 +1,7 @@
 """The long experiments: their trials, students, numbers, and a sweep that goes on where it was."""
 
 from concurrent.futures import Future
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,3 +141,17 @@ def test_networks_of_the_students():
     assert isinstance(generator.denoiser.network, MLP)
     assert generator.sigma_init == pytest.approx(0.5 * sweep.TARGETS["lattice"].sigma_data)
 
+
+
+def test_the_stored_rows_are_those_of_the_trials_as_they_are_now():
+    """Every trial has three seeds or more, in order; no other rows; all numbers finite, samples too."""
+    stored = sweep.read(Path(__file__).parents[1] / "figures" / "sweep")
+    assert {(row["study"], row["name"]) for row in stored.rows} == set(TRIALS)
+    assert set(stored.points) == {f"{study}: {name}" for study, name in TRIALS}
+    for study, name in TRIALS:
+        seeds = stored.runs(study, name, "seed")
+        assert seeds == list(range(len(seeds)))
+        assert len(seeds) >= 3
+        assert set(stored.runs(study, name, "steps")) == {sweep.STUDIES[study][name].steps}
+        assert stored.samples(study, name).isfinite().all()
+    assert all(np.isfinite([v for v in row.values() if isinstance(v, float)]).all() for row in stored.rows)
