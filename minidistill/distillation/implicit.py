@@ -70,9 +70,9 @@ class ScoreIdentity(Terms):
     alpha = 1/2 has half the exact gradient of the Fisher divergence E_q |D_p - D_q|^2, alpha = 1 is half SIM with
     squared L2, and alpha = 1.2 is the paper's empirical choice.
 
-    Above 1 the first part pushes samples to where the scores differ more, outwards once they are far out, where the
-    second part's pull has faded: a student that leaps away from the data is lost. So it is trained slowly, behind a
-    critic that keeps up; without a teacher's weights to start from, faster runs diverged (notebook 10).
+    Above 1 the first part has the wrong sign: at small levels it pushes a wide student outwards, and over all levels
+    calls far samples back only weakly, so a student that leaps away from the data is lost. It is trained slowly, behind
+    a critic that keeps up; without a teacher's weights to start from, faster runs diverged (notebook 10).
     """
 
     alpha: float = 1.2
