@@ -56,7 +56,7 @@ def run_ring(objective: str, steps: int, seed: int, device: str) -> dict[str, An
         "objective": objective, "seconds": seconds, "steps": steps, "seed": seed, "n": RING_N,
         "kl": final.kl, "reverse_kl": final.reverse_kl, "smoothing_sigma": final.sigma, "outside_grid": final.outside,
         "modes": coverage.covered, "worst_mode_error": coverage.worst, "high_quality": coverage.high_quality,
-        "sliced_w2_over_floor": metrics.over_floor(teacher, samples, seed + 3),
+        "sliced_w2_over_floor": metrics.over_floor(teacher, samples, seed + 3, sets=4),
         "curve": [[r["step"], r["kl"]] for r in student.history if "kl" in r], "samples": samples.cpu(),
     }
 
