@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from minidistill import checkpoints, cli, divergences, metrics, recipes
+from minidistill import checkpoints, cli, divergences, metrics, recipes, training
 from minidistill.closed_form import EmpiricalTeacher
 from minidistill.distillation import (
     DMD,
     DMD2,
     OBJECTIVES,
+    Batch,
     Distilled,
     DistributionMatching,
     Objective,
@@ -38,7 +39,7 @@ from minidistill.distillation import (
     draw,
 )
 from minidistill.distributions import GaussianMixture, grid, ring
-from minidistill.networks import MLP, Denoiser, Generator
+from minidistill.networks import MLP, Denoiser, Discriminator, Generator
 from minidistill.teachers import train_denoiser
 
 #: Equal Gaussians on a ring; the same, the first four times as heavy; 25 on a lattice, the heaviest of which weigh four
@@ -226,6 +227,21 @@ def ratio_quality(generator: Generator, ratio: Any, truth: GaussianMixture, sigm
     exact = truth.noised(sigma).log_prob(x) - GaussianMixture(points, sigma).log_prob(x)
     error = ratio(x, sigma) - exact
     return RatioQuality(float(error.square().mean().sqrt()), float(exact.square().mean().sqrt()))
+
+
+def learn_ratio(loss: Callable[[Batch], Tensor], p: GaussianMixture, q: GaussianMixture, steps: int) -> Discriminator:
+    """log p / q of two fixed laws at noise levels 0.1 to 4, by `matching.ratio_loss` or `ScoreOfMixture().critic_loss`;
+    q stands for the student and, as a denoiser, for the critic."""
+    torch.manual_seed(0)
+    rng, ratio = torch.Generator().manual_seed(1), Discriminator(MLP(p.shape, hidden=64, out_features=1), p.sigma_data)
+    optimizer = torch.optim.Adam(ratio.parameters(), 3e-3)
+    for step in range(steps):
+        training.set_learning_rate(optimizer, 3e-3 * (1 - step / steps))
+        sigma, alpha = 0.1 * 40 ** torch.rand(512, generator=rng), torch.rand(512, generator=rng)
+        made, real, noise = q.sample(512, rng), p.sample(512, rng), torch.randn(512, *p.shape, generator=rng)
+        batch = Batch(made, sigma, noise, p, q, ratio=ratio, real=real, uniform=alpha)
+        training.optimizer_step(loss(batch).mean(), optimizer)
+    return ratio.eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------- all of them
