@@ -212,7 +212,9 @@ class Own(Counted):
 
 
 @pytest.mark.parametrize(("given", "rates", "clip"), [
-    ({}, [1 / 3, 2 / 3, 1], 0.25), ({"warmup": 2, "clip": 0.5}, [1 / 2, 1, 1], 0.5), ({"warmup": 0}, [1, 1, 1], 0.25),
+    ({"steps": 9}, [1 / 3, 2 / 3, *[1] * 7], 0.25),
+    ({"steps": 6}, [1 / 2, *[1] * 5], 0.25),  # at most a third of the run
+    ({"warmup": 2, "clip": 0.5}, [1 / 2, 1, 1], 0.5), ({"warmup": 0}, [1, 1, 1], 0.25),
 ])
 def test_a_warm_up_is_the_students_alone_and_both_gradients_are_clipped(given, rates, clip, monkeypatch):
     seen, clips = [], set()
@@ -220,9 +222,9 @@ def test_a_warm_up_is_the_students_alone_and_both_gradients_are_clipped(given, r
     monkeypatch.setattr(training, "set_learning_rate", lambda optimizer, rate: seen.append(rate))
     monkeypatch.setattr(training, "descend", lambda optimizer, clip=None: clips.add(clip) or descend(optimizer, clip))
     distill(small_ring(), objective=Own(), schedule="constant", learning_rate=0.01, critic_learning_rate=0.02,
-            **given, **QUICK)
+            **(QUICK | given))
     assert seen[::2] == pytest.approx([0.01 * factor for factor in rates])
-    assert seen[1::2] == pytest.approx([0.02] * 3)
+    assert seen[1::2] == pytest.approx([0.02] * len(rates))
     assert clips == {clip}
 
 

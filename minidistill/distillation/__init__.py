@@ -124,7 +124,7 @@ def distill(
             on its own samples with new noise; () for one step.
         ema_halflife: of the generator's average, in samples.
         warmup: steps in which the student's learning rate rises to its full size, while the critics' is full at once;
-            None for the objective's own (100 of `sim_l2`), else 0.
+            None for the objective's own (100 of `sim_l2`, but at most a third of the run), else 0.
         clip: bound on the norm of either gradient; None for the objective's own (1 of `sim_l2` and `sida`), else none.
         hold, schedule: the share of the run after which the learning rates fall to 0, and how: "linear" or "cosine";
             "constant" for not at all.
@@ -160,10 +160,11 @@ def distill(
     sigma_max = 5.0 * sigma_data if sigma_max is None else sigma_max
     if sigma_init is None:
         sigma_init = (1.5 if has_weights(teacher) else 0.5) * sigma_data
+    _validate.whole("steps", steps)
     needs = Needs.of(rule)
     critic_steps = needs.critic_steps or 3 if critic_steps is None else critic_steps
     learning_rate = needs.learning_rate or 2e-3 if learning_rate is None else learning_rate
-    warmup = needs.warmup or 0 if warmup is None else warmup
+    warmup = min(needs.warmup or 0, steps // 3) if warmup is None else warmup
     clip = needs.gradient_clip if clip is None else clip
     for name, value in (
         ("learning_rate", learning_rate), ("critic_learning_rate", critic_learning_rate), ("sigma_init", sigma_init),
@@ -173,7 +174,7 @@ def distill(
         _validate.positive(name, value)
     if sigma_min >= sigma_max:
         raise ValueError(f"sigma_min={sigma_min:g} is not below sigma_max={sigma_max:g}")
-    for name, count in (("steps", steps), ("batch_size", batch_size), ("critic_steps", critic_steps),
+    for name, count in (("batch_size", batch_size), ("critic_steps", critic_steps),
                         ("evaluate_every", evaluate_every), ("accumulate", accumulate)):
         _validate.whole(name, count)
     _validate.whole("warmup", warmup, least=0)
