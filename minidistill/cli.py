@@ -33,7 +33,7 @@ def run(program: str, command: Callable[[], None]) -> int:
     try:
         command()
     except KeyboardInterrupt as stop:
-        print(f"{program}: {stop or 'stopped'}", file=sys.stderr)
+        print(f"{program}: {str(stop) or 'stopped'}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)

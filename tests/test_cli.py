@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from minidistill import bench, checkpoints
+from minidistill import bench, checkpoints, cli
 from minidistill.cli import main
 
 
@@ -120,3 +120,12 @@ def test_a_bench_prints_a_list_of_rows(monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out) == [{**row, "name": "short=True"}]
     assert main(["bench", "unet"]) == 0
     assert "0.5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("stop", "said"), [(KeyboardInterrupt(), "x: stopped"), (KeyboardInterrupt("at 3"), "x: at 3")])
+def test_an_interrupt_ends_with_a_word(stop, said, capsys):
+    def command():
+        raise stop
+
+    assert cli.run("x", command) == 130
+    assert capsys.readouterr().err.strip() == said
