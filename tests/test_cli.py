@@ -122,7 +122,9 @@ def test_a_bench_prints_a_list_of_rows(monkeypatch, capsys):
     assert "0.5" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("stop", "said"), [(KeyboardInterrupt(), "x: stopped"), (KeyboardInterrupt("at 3"), "x: at 3")])
+@pytest.mark.parametrize(("stop", "said"), [
+    (KeyboardInterrupt(), "x: stopped"), (KeyboardInterrupt("at 3"), "x: at 3"),
+])
 def test_an_interrupt_ends_with_a_word(stop, said, capsys):
     def command():
         raise stop
