@@ -1,8 +1,8 @@
-"""The long experiments of notebooks 09 and 10, five seeds each: `python -m minidistill.sweep --out figures/sweep`.
+"""The long experiments of notebooks 09 and 10, over several seeds: `python -m minidistill.sweep --out figures/sweep`.
 
 A study is a set of trials, ways to distil that differ in one thing. Two worker processes share the runs, and after each
 one its row is in results.json, so a sweep that was stopped goes on where it was. Samples of seed 0 are kept too, to be
-looked at. Notebooks draw what is there, and run a small part of it again.
+looked at. The notebooks draw what is there.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def without(**off: Any) -> Trial:
     return Trial(DistributionMatching(divergences.F["forward_kl"], **off))
 
 
-FROM_SIM: dict[str, Any] = {"sim": STEPS // 4, "options": {"learning_rate": 1e-3, "critic_steps": 5, "warmup": 0}}
+FROM_SIM: dict[str, Any] = {"sim": STEPS // 4, "options": {"learning_rate": 1e-3, "critic_steps": 5}}
 BARE_L2 = ScoreImplicitMatching(divergences.squared_l2(), normalise=True)
 #: Below "lattice", trials to be compared with those of "ring", which are not repeated.
 STUDIES: dict[str, dict[str, Trial]] = {
@@ -280,6 +280,8 @@ def sweep(out: Path, studies: Sequence[str], seeds: int, at_most: int | None = N
     have = {(row["study"], row["name"], row["seed"]) for row in rows}
     jobs = [job for study in studies for seed in range(seeds) for name in STUDIES[study]
             if (job := (study, name, seed)) not in have]
+    order = {key: i for i, key in enumerate((study, name) for study in STUDIES for name in STUDIES[study])}
+    about = {"hardware": recipes.hardware("cpu"), "torch": torch.__version__, "workers": workers}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = [pool.submit(run, *job, at_most) for job in jobs]
@@ -291,9 +293,7 @@ def sweep(out: Path, studies: Sequence[str], seeds: int, at_most: int | None = N
                 with checkpoints.atomic(pictures) as path, path.open("wb") as stream:
                     np.savez_compressed(stream, **points)
             rows.append(row)
-            order = {key: i for i, key in enumerate((s, name) for s in STUDIES for name in STUDIES[s])}
             rows.sort(key=lambda row: (order[row["study"], row["name"]], row["seed"]))
-            about = {"hardware": recipes.hardware("cpu"), "torch": torch.__version__, "workers": workers}
             lines = ",\n".join(json.dumps(row) for row in rows)
             with checkpoints.atomic(file) as path:
                 path.write_text(f'{json.dumps(about)[:-1]}, "rows": [\n{lines}\n]}}\n')
