@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__ = ["home", "noise_like", "normal"]
+
 
 def home(device: torch.device, generator: torch.Generator | None) -> torch.device:
     """Where to draw: the generator's device, and without one that of the data."""

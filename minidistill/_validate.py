@@ -9,6 +9,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+__all__ = [
+    "T", "broadcast_sigma", "choose", "closest", "finite", "fits", "labels", "positive", "samples", "whole",
+]
+
 T = TypeVar("T")
 
 

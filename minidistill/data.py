@@ -29,6 +29,12 @@ from tqdm.auto import tqdm
 
 from minidistill import _validate
 
+__all__ = [
+    "ARCHIVE", "ARCHIVE_MD5", "ATTEMPTS", "BATCHES", "CACHE", "CIFAR10_CLASSES", "FOLDER", "MANIFEST", "PAUSE",
+    "PIXELS", "RECORDS", "RECORD_BYTES", "ROW", "SHEETS", "SMALL_SHEETS", "SPLIT_SHA256", "TIMEOUT", "URL",
+    "VARIABLE", "cifar10", "digits", "digits_as_rgb", "random_flip", "to_float",
+]
+
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 #: The environment variable that says where CIFAR-10 is, and where a download goes if neither it nor `root` does.
 VARIABLE = "MINIDISTILL_CIFAR10"

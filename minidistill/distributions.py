@@ -15,6 +15,10 @@ from torch import Tensor
 from minidistill import _validate
 from minidistill._random import home, normal
 
+__all__ = [
+    "MIXTURES", "SHAPES", "GaussianMixture", "checkerboard", "grid", "ring", "spirals", "swiss_roll", "two_moons",
+]
+
 
 class GaussianMixture:
     """sum_k w_k N(mu_k, Sigma_k) in d dimensions, with everything exact at every noise level.

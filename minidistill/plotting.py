@@ -17,9 +17,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
-from minidistill import _validate, checkpoints
+from minidistill import _validate
 from minidistill.distillation.diagnosis import Diagnosis
 from minidistill.distributions import GaussianMixture
+from minidistill.training import checkpoints
+
+__all__ = [
+    "PALETTE", "STUDENT", "TEACHER", "curves", "density", "dots", "field", "image_grid", "panel", "save", "scatter",
+    "use_theme",
+]
 
 #: Seaborn's colour-blind-safe palette; the same colour means the same thing in every figure.
 PALETTE = sns.color_palette("colorblind")

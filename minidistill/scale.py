@@ -9,6 +9,8 @@ import torch
 
 from minidistill import _validate
 
+__all__ = ["NAMES", "T", "VARIABLE", "announce", "name", "pick"]
+
 T = TypeVar("T")
 VARIABLE = "MINIDISTILL_SCALE"
 NAMES = ("smoke", "cpu", "gpu")

@@ -9,8 +9,8 @@ from minidistill import samplers, transport
 from minidistill._random import home, noise_like, normal
 from minidistill.distributions import ring
 from minidistill.divergences import fisher, kl_from_scores
-from minidistill.noise_integral import noised
-from minidistill.score_fields import rademacher
+from minidistill.divergences.noise_integral import noised
+from minidistill.score_matching.fields import rademacher
 from minidistill.teachers import EmpiricalTeacher, GaussianTeacher, calibrated
 from tests.helpers import mixture_2d, rng
 

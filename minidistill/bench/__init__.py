@@ -12,6 +12,8 @@ from minidistill import _validate
 from minidistill.bench import transport, unet
 from minidistill.bench.timing import Row
 
+__all__ = ["BENCHES", "run", "show", "table"]
+
 #: Each takes `short` (True for a few repetitions of a smaller case) and perhaps more, and returns rows.
 BENCHES: dict[str, Callable[..., list[Row]]] = {"transport": transport.bench, "unet": unet.bench}
 

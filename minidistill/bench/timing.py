@@ -10,6 +10,8 @@ from typing import TypedDict
 import torch
 from tqdm.auto import tqdm
 
+__all__ = ["Row", "alternate"]
+
 
 class Row(TypedDict):
     """One comparison; ratio = ours / peer."""

@@ -17,6 +17,8 @@ from torch import Tensor
 from minidistill.bench.timing import Row, alternate
 from minidistill.transport import sinkhorn_plan
 
+__all__ = ["LARGE", "TOLERANCE", "bench", "cases", "peak_memory", "peer_plan"]
+
 TOLERANCE = 1e-6  # norm of the second marginal's error, looked at every 10 iterations: POT's rule, and ours
 LARGE = 20_000  # samples of each in the memory test
 

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from minidistill.bench.timing import Row, alternate
 from minidistill.networks import Denoiser
+from minidistill.networks.unet import UNet, preset
 from minidistill.score_matching import denoising_loss, edm_weight, log_normal_sigma
-from minidistill.unet import UNet, preset
+
+__all__ = ["Peer", "bench", "training_step"]
 
 
 class Peer(nn.Module):

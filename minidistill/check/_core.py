@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+__all__ = ["Case", "claims", "points", "report"]
+
 Case = tuple[str, tuple[Any, ...], Any]  # what the case is, the arguments, the expected value
 
 

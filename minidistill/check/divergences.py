@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from minidistill.check._core import Case, report
-from minidistill.f_divergences import F
+from minidistill.divergences.f_divergences import F
+
+__all__ = ["chi_squared_conjugate", "flipped_weight"]
 
 
 def flipped_weight(f: Callable[..., Any]) -> bool:

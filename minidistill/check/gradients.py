@@ -11,6 +11,8 @@ from minidistill.check._core import Case, report
 from minidistill.distributions import GaussianMixture
 from minidistill.divergences import F
 
+__all__ = ["best_cover", "divergence_weight", "reverse_kl_gradient"]
+
 
 def divergence_weight(f: Callable[..., Any]) -> bool:
     """08, exercise 1: f(generator, r) is h(r) = r^2 f''(r) of a convex function of tensors at the ratios r, (n,)."""

@@ -10,6 +10,8 @@ import torch
 from minidistill.check._core import report
 from minidistill.divergences import pseudo_huber
 
+__all__ = ["gaussian_fisher", "pseudo_huber_slope"]
+
 
 def pseudo_huber_slope(f: Callable[..., Any]) -> bool:
     """10, exercise 1: f(y, c) is d'(y), (n, d), of the distance d(y) = sqrt(|y|^2 + c^2) - c, one for each row of y."""

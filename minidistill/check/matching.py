@@ -10,6 +10,8 @@ import torch
 from minidistill.check._core import Case, points, report
 from minidistill.distributions import GaussianMixture, ring
 
+__all__ = ["dmd_gradient", "mixture_denoiser"]
+
 
 def dmd_gradient(f: Callable[..., Any]) -> bool:
     """09, exercise 1: f(x0, teacher_x0, fake_x0) is DMD's gradient in x0, (n, d): (D_q - D_p) / mean |x0 - D_p|."""

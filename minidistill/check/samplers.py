@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from minidistill.check._core import Case, points, report
-from minidistill.closed_form import GaussianTeacher
+from minidistill.teachers.closed_form import GaussianTeacher
+
+__all__ = ["ddim_step", "gaussian_flow"]
 
 
 def ddim_step(f: Callable[..., Any]) -> bool:

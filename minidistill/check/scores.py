@@ -10,6 +10,11 @@ import torch
 from minidistill.check._core import Case, points, report
 from minidistill.distributions import GaussianMixture, ring
 
+__all__ = [
+    "best_share", "class_gradient", "gauge_defect", "langevin_share", "mixture_score", "one_call", "score_gap",
+    "stein_trace", "tweedie", "uniform_time_density", "velocity",
+]
+
 
 def one_call(f: Callable[..., Any]) -> bool:
     """00, exercise 1: f(denoiser, z, sigma) is one Euler step of the probability flow from sigma * z down to 0."""

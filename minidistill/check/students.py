@@ -10,6 +10,10 @@ import torch
 
 from minidistill.check._core import Case, points, report
 
+__all__ = [
+    "c_out", "ema_decay", "mirror", "noise_through", "normalised_ratio", "sid_loss", "sim_gradient",
+]
+
 
 def normalised_ratio(f: Callable[..., Any]) -> bool:
     """15, exercise 1: f(ratio, level) is each ratio over the mean of those at its level; both (n,)."""

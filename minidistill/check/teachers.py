@@ -9,6 +9,8 @@ import torch
 
 from minidistill.check._core import Case, points, report
 
+__all__ = ["aligned_share", "weighted_denoiser"]
+
 
 def weighted_denoiser(f: Callable[..., Any]) -> bool:
     """05, exercise 1: f(x, data, weights, sigma) is E[x0 | x], (n, d), where x0 is data[i], (m, d), with probability

@@ -13,6 +13,8 @@ from torch import Tensor
 from minidistill import _validate
 from minidistill.networks import Correction
 
+__all__ = ["Batch", "Terms", "dmd_scale", "no_weights", "per_sample", "term_gradients"]
+
 
 @dataclass
 class Batch:

@@ -12,6 +12,8 @@ from torch import Tensor
 from minidistill import training
 from minidistill.distillation.student import entrance
 
+__all__ = ["Diagnosis", "diagnose"]
+
 
 @dataclass(frozen=True)
 class Diagnosis:

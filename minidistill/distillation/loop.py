@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from minidistill import _validate, parallel, training
+from minidistill import _validate, training
 from minidistill.distillation.batch import Batch
 from minidistill.distillation.diagnosis import Diagnosis, diagnose
 from minidistill.distillation.plateau import run_to_end, stop_on_plateau
@@ -19,6 +19,9 @@ from minidistill.distillation.prepare import Needs, Run
 from minidistill.distillation.student import Distilled, Entrance, entrance
 from minidistill.networks import Generator
 from minidistill.score_matching import log_uniform_sigma
+from minidistill.training import parallel
+
+__all__ = ["SCHEDULES", "Levels", "Objective", "train"]
 
 
 class Objective(Protocol):

@@ -11,6 +11,8 @@ from torch import Tensor
 from minidistill import training
 from minidistill.samplers import dpm_solver_2m, karras_sigmas
 
+__all__ = ["LEVELS", "Pairs", "make_pairs"]
+
 LEVELS = 36  # of DPM-Solver++(2M): as many calls as Heun on EDM's 18 levels, for about a fifth of its error
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from minidistill import _validate, parallel, training
+from minidistill import _validate, training
+from minidistill.training import parallel
+
+__all__ = ["Plateau", "Record", "check_patience", "run_to_end", "stale", "stop_on_plateau"]
 
 Record = dict[str, float]
 

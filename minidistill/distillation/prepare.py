@@ -15,6 +15,11 @@ from minidistill.data import random_flip, to_float
 from minidistill.distillation.pairs import Pairs
 from minidistill.networks import MLP, Correction, Denoiser, Discriminator, FeatureDiscriminator, Generator
 
+__all__ = [
+    "Needs", "Real", "Run", "check_data", "device_of", "has_weights", "prepare", "real_samples", "shape_of",
+    "sigma_data_of",
+]
+
 Real = Callable[[int], "tuple[Tensor, Tensor | None]"]  # n -> (samples, labels)
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from minidistill import _validate, training
 from minidistill.networks import Generator
 
+__all__ = ["AT_ONCE", "Distilled", "Entrance", "check_levels", "draw", "entrance"]
+
 AT_ONCE = 4096  # samples in one call, which bounds what the network's layers hold
 
 

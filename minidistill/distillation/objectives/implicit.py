@@ -1,0 +1,139 @@
+"""Score implicit matching: minimise a distance between the scores themselves.
+
+SIM (Luo 2024), SiD (Zhou 2024) and SiDA (Zhou 2025) are one family; the distance and alpha are its parameters. Scores
+are compared as denoisers, y = D_q - D_p = sigma^2 (s_q - s_p), which puts all noise levels on one scale:
+
+    loss = 2 (1 - alpha) d(y) - d'(y) . (D_q(x_t) - x0),    differentiated through x_t and x0.
+
+The second part moves y with the sampling law frozen (SIM's score-gradient theorem), the first moves the law with y
+frozen. So alpha = 1 is SIM and alpha = 1/2 has the exact gradient of E_q d(y), for every distance (known for squared
+L2; for the others derived here); SiD is d = |y|^2 / 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from minidistill.distillation.batch import Batch, Terms, dmd_scale, no_weights, per_sample
+from minidistill.distillation.objectives.dmd import adversarial
+from minidistill.distillation.objectives.matching import fake_loss
+from minidistill.divergences import ScoreDistance
+
+__all__ = [
+    "HALF_SQUARED_L2", "AdversarialScoreIdentity", "ScoreIdentity", "ScoreImplicitMatching", "feature_logit",
+    "implicit_loss",
+]
+
+HALF_SQUARED_L2 = ScoreDistance("half_squared_l2", lambda y: per_sample(y.square()) / 2, lambda y: y)
+
+
+def implicit_loss(batch: Batch, distance: ScoreDistance, alpha: float, normalise: bool) -> tuple[Tensor, Tensor]:
+    """The family's loss, (n,), and the scale that it was multiplied by, (n, 1, ..., 1): DMD's, or 1."""
+    teacher_x0, fake_x0 = batch.denoise_both(batch.xt)
+    y = fake_x0 - teacher_x0
+    scale = dmd_scale(batch.x0, teacher_x0) if normalise else no_weights(y)
+    loss = -per_sample(distance.gradient(y) * (fake_x0 - batch.x0))
+    if alpha != 1:
+        loss = loss + 2 * (1 - alpha) * distance.value(y)
+    return scale.flatten() * loss, scale
+
+
+@dataclass(frozen=True)
+class ScoreImplicitMatching(Terms):
+    """E_{x ~ sg[q_sigma]} d(D_q - D_p) for any distance d (Luo 2024, theorem 3.1); other alphas free the law.
+
+    d' has to be continuous where samples are: autograd does not see a jump. Only L2 has one, at y = 0, and only in
+    one dimension does it matter.
+
+    warmup, gradient_clip: as `warmup` and `clip` of `distill`; for a distance whose d' is unbounded. A sample that
+        leaps away then pulls the harder the farther it is, both at the student and at the critic that has to learn
+        where it went (notebook 10).
+    """
+
+    distance: ScoreDistance
+    normalise: bool = False
+    alpha: float = 1.0
+    warmup: int = 0
+    gradient_clip: float | None = None
+    needs_ratio = False
+
+    def critic_loss(self, batch: Batch) -> Tensor:
+        return fake_loss(batch)
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        return {"implicit": implicit_loss(batch, self.distance, self.alpha, self.normalise)[0]}
+
+
+@dataclass(frozen=True)
+class ScoreIdentity(Terms):
+    """SiD (Zhou 2024): (1 - alpha) |D_p - D_q|^2 + (D_p - D_q) . (D_q - x0), gradient through both networks' inputs.
+
+    alpha = 1/2 has half the exact gradient of the Fisher divergence E_q |D_p - D_q|^2, alpha = 1 is half SIM with
+    squared L2, and alpha = 1.2 is the paper's empirical choice.
+
+    Above 1 the first part has the wrong sign: at small levels it pushes a wide student outwards, and over all levels
+    calls far samples back only weakly, so a student that leaps away from the data is lost. It is trained slowly, behind
+    a critic that keeps up; without a teacher's weights to start from, faster runs diverged (notebook 10).
+    """
+
+    alpha: float = 1.2
+    normalise: bool = True
+    needs_ratio = False
+
+    @property
+    def critic_steps(self) -> int | None:
+        return 5 if self.alpha > 1 else None
+
+    @property
+    def learning_rate(self) -> float | None:
+        return 5e-4 if self.alpha > 1 else None
+
+    def critic_loss(self, batch: Batch) -> Tensor:
+        return fake_loss(batch)
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        return {"identity": implicit_loss(batch, HALF_SQUARED_L2, self.alpha, self.normalise)[0]}
+
+
+@dataclass(frozen=True)
+class AdversarialScoreIdentity(Terms):
+    """SiDA (Zhou 2025): SiD at alpha = 1 plus an adversarial term without a parameter of its own. The logit is the mean
+    over channels of the fake network's features: a U-Net's bottleneck, with a logit for every place of the image, or
+    an MLP's last hidden layer, with one.
+
+    weight: of the generator's adversarial term, on SiD's own scale; critic_weight: of the logistic regression beside
+    the fake's denoising loss, both of which shape the same features. With three critic steps instead of five, runs
+        with an exact teacher ran away, and one of five still did without a clip.
+    """
+
+    alpha: float = 1.0
+    normalise: bool = True
+    weight: float = 1.0
+    critic_weight: float = 1.0
+    critic_steps: int = 5
+    gradient_clip: float = 1.0
+    needs_ratio = False
+    needs_real = True
+    needs_features = True
+
+    def critic_loss(self, batch: Batch) -> Tensor:
+        xt, _, sigma, label = batch.real_and_fake()
+        real, fake = feature_logit(batch.fake, xt, sigma, label).chunk(2)
+        logistic = (softplus(-real) + softplus(fake)).flatten(1).mean(1)
+        return fake_loss(batch) + self.critic_weight * logistic
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        loss, scale = implicit_loss(batch, HALF_SQUARED_L2, self.alpha, self.normalise)
+        logit = feature_logit(batch.fake, batch.xt, batch.sigma, batch.label)
+        return {"identity": loss, "adversarial": self.weight * adversarial(logit, batch, scale)}
+
+
+def feature_logit(fake: Any, x: Tensor, sigma: Tensor, label: Tensor | None) -> Tensor:
+    """The mean over channels of a denoiser's features: (n, 1) of an MLP's, (n, h, w) of a U-Net's."""
+    network = getattr(fake, "module", fake)  # what several processes share is wrapped
+    features = network.features(x, sigma, label)
+    return features.mean(1, keepdim=features.ndim == 2)

@@ -1,0 +1,92 @@
+"""A residual MLP with an embedded noise level, F(x, c_noise, label)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import relu, silu
+
+from minidistill import _validate
+
+__all__ = ["ACTIVATIONS", "MLP", "NoiseEmbedding"]
+
+
+class NoiseEmbedding(nn.Module):
+    """Sines and cosines of c_noise at octave frequencies, (n, features)."""
+
+    frequencies: Tensor
+
+    def __init__(self, features: int = 16) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(features // 2), persistent=False)
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        angle = c_noise.reshape(-1, 1) * self.frequencies / 4
+        return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+ACTIVATIONS = {"silu": silu, "relu": relu}
+
+
+class MLP(nn.Module):
+    """F(x, c_noise, label) on flattened samples: `depth` residual blocks of width `hidden`.
+
+    Args:
+        shape: one sample's shape; samples are (n, *shape).
+        n_classes: 0 for an unconditional network.
+        out_features: None for an output shaped like the input; a number m for (n, m).
+        activation: "silu", smooth as denoisers are, or "relu", whose kinks suit a generator that has to tear
+            one Gaussian into separate modes.
+        gain: factor on the first layer's weights as they start: above 1, functions of higher frequency from the first
+            step on, for a generator that has to tear its input into many modes.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        hidden: int = 128,
+        depth: int = 3,
+        n_classes: int = 0,
+        out_features: int | None = None,
+        activation: str = "silu",
+        gain: float = 1.0,
+    ) -> None:
+        super().__init__()
+        _validate.positive("gain", gain)
+        self.config: dict[str, Any] = {
+            "kind": "mlp", "shape": list(shape), "hidden": hidden, "depth": depth,
+            "n_classes": n_classes, "out_features": out_features, "activation": activation,
+        } | ({"gain": gain} if gain != 1 else {})
+        self.shape, self.n_classes, self.out_features = tuple(shape), n_classes, out_features
+        self.activation = _validate.choose("activation", activation, ACTIVATIONS)
+        features = math.prod(shape)
+        self.noise = NoiseEmbedding()
+        self.condition = nn.Linear(16, hidden)
+        self.label = nn.Embedding(n_classes, hidden) if n_classes else None
+        self.inward = nn.Linear(features, hidden)
+        self.blocks = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
+        self.outward = nn.Linear(hidden, out_features or features)
+        if gain != 1:
+            with torch.no_grad():
+                self.inward.weight *= gain
+
+    @property
+    def feature_channels(self) -> int:
+        return self.outward.in_features
+
+    def features(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        """The last hidden layer, (n, hidden)."""
+        h = self.inward(x.flatten(1)) + self.condition(self.noise(c_noise))
+        if self.label is not None:
+            h = h + self.label(label)
+        for block in self.blocks:
+            h = h + self.activation(block(h))
+        return h
+
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        out = self.outward(self.features(x, c_noise, label))
+        return out if self.out_features else out.reshape(x.shape)
+

@@ -1,0 +1,137 @@
+"""What every sampler shares: the walk down the noise levels, in chunks, with its network calls counted.
+
+A solver is its step from sigma to the next level. A step that remembers (a multistep method) is made afresh for every
+chunk, so `integrate` takes the maker of a step; for a step without memory that is `lambda: step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from minidistill import _validate
+
+__all__ = [
+    "Advance", "Denoise", "Denoiser", "Report", "Step", "check_label", "check_levels", "in_chunks", "integrate",
+    "slope",
+]
+
+Denoiser = Callable[..., Tensor]  # D(x, sigma, label)
+Denoise = Callable[[Tensor, Tensor], Tensor]  # D(x, sigma), the label already bound and the calls counted
+Step = Callable[[Denoise, Tensor, Tensor, Tensor, "torch.Generator | None"], Tensor]  # (D, x, sigma, after, rng)
+Advance = Callable[[float], object]  # moves the progress bar on
+
+
+@dataclass
+class Report:
+    """What a run did; pass one as `report=` and read it afterwards. Each run overwrites it.
+
+    Attributes:
+        calls: network calls per sample; a mean where an adaptive sampler spent them unevenly. 0 for no samples.
+        levels: the noise levels that x stood at, in order; of the first chunk, and of its first sample, if they differ.
+        attempts, rejected: steps tried and steps refused, per sample, by an adaptive sampler; 0 for all others.
+    """
+
+    calls: float = 0.0
+    levels: list[float] = field(default_factory=list)
+    attempts: float = 0.0
+    rejected: float = 0.0
+
+
+def integrate(
+    make_step: Callable[[], Step],
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    generator: torch.Generator | None = None,
+    *,
+    label: Tensor | None = None,
+    trajectory: bool = False,
+    progress: bool = False,
+    batch_size: int | None = None,
+    early_stop: bool = False,
+    report: Report | None = None,
+) -> Tensor:
+    """Walk x down the levels, one step between neighbours. Arguments, result and errors as in `samplers.sample`."""
+    sigmas = check_levels(x, sigmas)
+    sigmas = sigmas[:-1] if early_stop else sigmas
+    report = Report() if report is None else report
+
+    def solve(denoise: Denoise, x: Tensor, advance: Advance) -> Tensor:
+        step, path = make_step(), [x]
+        for sigma, after in pairwise(sigmas):
+            x = step(denoise, x, sigma, after, generator)
+            if trajectory:
+                path.append(x)
+            advance(1)
+        return torch.stack(path) if trajectory else x
+
+    out = in_chunks(solve, denoiser, x, len(sigmas) - 1, label, progress, batch_size, report, dim=int(trajectory))
+    report.levels = sigmas.tolist()
+    return out
+
+
+@torch.no_grad()
+def in_chunks(
+    solve: Callable[[Denoise, Tensor, Advance], Tensor],
+    denoiser: Denoiser,
+    x: Tensor,
+    total: float,
+    label: Tensor | None,
+    progress: bool,
+    batch_size: int | None,
+    report: Report,
+    dim: int = 0,
+) -> Tensor:
+    """`solve(denoise, x, advance)` on batch_size samples at a time, the results joined along `dim`; the bar runs to
+    `total` for each chunk. Starts the report anew and counts the calls."""
+    _validate.samples("x", x, least=0)
+    if batch_size is not None:
+        _validate.whole("batch_size", batch_size)
+    check_label(x, label)
+    evaluated = 0
+    report.calls, report.levels, report.attempts, report.rejected = 0.0, [], 0.0, 0.0
+    parts = x.split(batch_size or max(len(x), 1))
+    labels: Sequence[Tensor | None] = [None] * len(parts) if label is None else label.split(len(parts[0]) or 1)
+
+    def bind(label: Tensor | None) -> Denoise:
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            nonlocal evaluated
+            evaluated += len(x)
+            return denoiser(x, sigma) if label is None else denoiser(x, sigma, label)
+
+        return denoise
+
+    with tqdm(total=total * len(parts), disable=not progress, desc="sampling") as bar:
+        out = [solve(bind(label), part, bar.update) for part, label in zip(parts, labels, strict=True)]
+    report.calls = evaluated / max(len(x), 1)
+    return torch.cat(out, dim) if len(out) > 1 else out[0]
+
+
+def check_label(x: Tensor, label: Tensor | None) -> None:
+    """Raise unless the label is None or a tensor (n, ...)."""
+    if label is not None and not isinstance(label, Tensor):
+        raise TypeError(f"label is {type(label).__name__}; wanted a tensor, one entry for each of the {len(x)} samples")
+    if label is not None and label.shape[:1] != x.shape[:1]:
+        raise ValueError(f"label has shape {tuple(label.shape)}; wanted one for each of the {len(x)} samples")
+
+
+def check_levels(x: Tensor, sigmas: Tensor) -> Tensor:
+    """The levels in x's dtype and on its device, (m+1,), checked to descend to 0."""
+    _validate.samples("x", x, least=0)
+    sigmas = torch.as_tensor(sigmas).to(x)
+    if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas.diff() < 0).all()) or sigmas[-1] != 0 or (
+            not bool(sigmas.isfinite().all())):
+        given = sigmas.tolist() if sigmas.numel() < 10 else f"{sigmas[:4].tolist()} and {sigmas.numel() - 4} more"
+        raise ValueError(f"sigmas={given}: wanted at least one level > 0, descending, and then 0")
+    return sigmas
+
+
+def slope(denoise: Denoise, x: Tensor, sigma: Tensor) -> Tensor:
+    """dx / dsigma of the probability flow: (x - D) / sigma, the predicted noise (Karras 2022, equation 3)."""
+    return (x - denoise(x, sigma)) / sigma

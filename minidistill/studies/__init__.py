@@ -1,0 +1,7 @@
+"""Programs that make what is under `figures/`; each is a subcommand of `minidistill` too.
+
+    quickstart.py   the two-minute tour: a ring and real digits, distilled to one step
+    cifar10.py      the run book: teacher and students on CIFAR-10, within minutes of a GPU or hours of a laptop
+    sweep.py        the long experiments of the notebooks on objectives, over several seeds
+"""
+

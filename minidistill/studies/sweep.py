@@ -1,0 +1,319 @@
+"""The long experiments of notebooks 09 and 10, over several seeds: `minidistill sweep --out figures/sweep`.
+
+A study is a set of trials, ways to distil that differ in one thing. Two worker processes share the runs, and after each
+one its row is in results.json, so a sweep that was stopped goes on where it was. Samples of seed 0 are kept too, to be
+looked at. The notebooks draw what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from minidistill import divergences, metrics, training
+from minidistill.distillation import (
+    DMD,
+    DMD2,
+    OBJECTIVES,
+    Batch,
+    Distilled,
+    DistributionMatching,
+    Objective,
+    ScoreIdentity,
+    ScoreImplicitMatching,
+    distill,
+    draw,
+)
+from minidistill.distributions import GaussianMixture, grid, ring
+from minidistill.networks import MLP, Denoiser, Discriminator, Generator
+from minidistill.studies import cifar10
+from minidistill.teachers import train_denoiser
+from minidistill.teachers.closed_form import EmpiricalTeacher
+from minidistill.training import checkpoints
+
+__all__ = [
+    "BARE_L2", "FROM_SIM", "KEPT", "N", "RADIUS", "STEPS", "STUDIES", "TARGETS", "RatioQuality", "Stored", "Trial",
+    "collapsed", "command", "critic_gap", "displaced", "every_objective", "learn_ratio", "measure", "narrow",
+    "options", "ratio_quality", "read", "run", "student", "sweep", "without",
+]
+
+#: Equal Gaussians on a ring; the same, the first four times as heavy; 25 on a lattice, the heaviest of which weigh four
+#: times as much as the lightest.
+TARGETS: dict[str, GaussianMixture] = {
+    "ring": ring(8),
+    "uneven ring": ring(8, weights=[4.0] + 7 * [1.0]),
+    "lattice": grid(5, weights=[1.0 + 3 * i % 4 for i in range(25)]),
+}
+N, KEPT = 10_000, 1000  # samples that are measured, and of those kept for pictures
+STEPS = 1500
+RADIUS = 2.0  # of the ring
+
+
+# ---------------------------------------------------------------------------------- students
+
+def student(target: GaussianMixture, seed: int, *, hidden: int = 128, depth: int = 6, gain: float = 4.0) -> Generator:
+    """A new student for a mixture of many modes: deeper than `distill`'s own, and sharper from the start."""
+    torch.manual_seed(seed)
+    network = MLP(target.shape, hidden=hidden, depth=depth, activation="relu", gain=gain)
+    return Generator(Denoiser(network, target.sigma_data), 0.5 * target.sigma_data)
+
+
+def narrow(target: GaussianMixture, seed: int) -> Generator:
+    """A student with 16 units a layer for 128."""
+    return student(target, seed, hidden=16)
+
+
+def displaced(target: GaussianMixture, seed: int) -> Generator:
+    """A new student whose samples all lie three radii of the ring off."""
+    generator = student(target, seed)
+    network: Any = generator.denoiser.network
+    c_out = generator.sigma_init / (generator.sigma_init**2 / target.sigma_data**2 + 1) ** 0.5
+    with torch.no_grad():
+        network.outward.bias[0] += 3 * RADIUS / c_out
+    return generator
+
+
+def collapsed(target: GaussianMixture, seed: int) -> Generator:
+    """A student of one mode alone, by reverse KL to that mode."""
+    one = GaussianMixture(target.means[:1], target.covs[:1])
+    generator = student(target, seed)
+    distill(one, generator, steps=300, sigma_max=5 * target.sigma_data, seed=seed, progress=False)
+    return generator
+
+
+# ---------------------------------------------------------------------------------- trials
+
+@dataclass(frozen=True)
+class Trial:
+    """One way to distil. What is not said is as in `distill`."""
+
+    objective: str | Objective
+    teacher: str = "ring"  # one of TARGETS
+    truth: str = ""  # what the student is measured against, and where real samples come from; "": the teacher's
+    steps: int = STEPS
+    sim: int = 0  # so many of the steps are SIM's, first
+    start: Callable[[GaussianMixture, int], Generator] = student
+    learned: int = 0  # steps that a denoiser is trained for, on samples of the teacher, to take its place
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def every_objective(teacher: str) -> dict[str, Trial]:
+    """All have the same settings but two, which take 5/3 of the steps, since they are cheap or slow.
+
+    dmd: more pairs and a heavier regression than by default.
+    sid: alpha = 1.2 needs a student that is near the data already, as one is that starts from a teacher's weights;
+        so the first quarter of its run is SIM's.
+    """
+    longer, trials = STEPS * 5 // 3, {name: Trial(name, teacher) for name in OBJECTIVES}
+    trials["dmd"] = Trial(DMD(weight=4.0, needs_pairs=8192), teacher, steps=longer)
+    trials["sid"] = Trial("sid", teacher, steps=longer, sim=longer // 4, options={"learning_rate": 1e-3})
+    return trials
+
+
+def without(**off: Any) -> Trial:
+    """Forward KL, its weight h = r the most in need of them, with stabilisers switched off."""
+    return Trial(DistributionMatching(divergences.F["forward_kl"], **off))
+
+
+FROM_SIM: dict[str, Any] = {"sim": STEPS // 4, "options": {"learning_rate": 1e-3, "critic_steps": 5}}
+BARE_L2 = ScoreImplicitMatching(divergences.squared_l2(), normalise=True)
+#: Below "lattice", trials to be compared with those of "ring", which are not repeated.
+STUDIES: dict[str, dict[str, Trial]] = {
+    "ring": every_objective("ring"),
+    "lattice": every_objective("lattice"),
+    # DMD's regression, from a student of one mode alone.
+    "collapsed": {
+        "diff_instruct": Trial("diff_instruct", start=collapsed), "reverse_kl": Trial("reverse_kl", start=collapsed),
+        "dmd": Trial(DMD(weight=4.0, needs_pairs=8192), start=collapsed),
+    },
+    # DMD2's two time scales, with a critic that learns at a tenth of its usual rate.
+    "slow critic": {
+        f"{k} critic steps": Trial("reverse_kl", options={"critic_steps": k, "critic_learning_rate": 5e-4})
+        for k in (1, 3, 5)
+    },
+    # Adversarial terms and real samples, under a teacher with one mode too heavy.
+    "wrong teacher": {
+        "reverse_kl": Trial("reverse_kl", "uneven ring", "ring"),
+        "dmd2": Trial("dmd2", "uneven ring", "ring"),
+        "dmd2, weight 1": Trial(DMD2(weight=1.0), "uneven ring", "ring"),
+        "sid, alpha 1": Trial("sim_l2", "uneven ring", "ring"),
+        "sida": Trial("sida", "uneven ring", "ring"),
+    },
+    "stabilisers": {
+        "no scale": without(scale=False), "no clip": without(clip=None), "no level means": without(levels=0),
+        "no unit mean": without(unit_mean=False), "none": without(normalise=False),
+    },
+    "alpha": {f"{alpha:g}": Trial(ScoreIdentity(alpha), **FROM_SIM) for alpha in (0.0, 0.5, 1.0, 1.2)},
+    # Started far from the data; sim_l2 also without its warm-up and clip, from the usual start.
+    "displaced": {name: Trial(name, start=displaced) for name in
+                  ("reverse_kl", "forward_kl", "jensen_shannon", "sim", "sim_l2", "fisher")},
+    "bare": {"sim_l2": Trial(BARE_L2)},
+    "learned teacher": {name: Trial(name, learned=3000) for name in ("reverse_kl", "jensen_shannon", "sim")},
+    "capacity": {"16 units": Trial("reverse_kl", start=narrow)},
+    "calls": {"2": Trial("reverse_kl", options={"student_levels": (0.4,)}),
+              "4": Trial("reverse_kl", options={"student_levels": (0.5, 0.3, 0.15)})},
+}
+
+
+# ---------------------------------------------------------------------------------- one run and its numbers
+
+def run(study: str, name: str, seed: int, at_most: int | None = None) -> dict[str, Any]:
+    """Distil as a trial says, and measure the student; `at_most` bounds the steps of every part."""
+    trial = STUDIES[study][name]
+    if at_most is not None:
+        trial = replace(trial, **{part: min(getattr(trial, part), at_most) for part in ("steps", "sim", "learned")})
+    exact, truth = TARGETS[trial.teacher], TARGETS[trial.truth or trial.teacher]
+    teacher: Any = exact
+    if trial.learned:
+        data = exact.sample(20_000, torch.Generator().manual_seed(seed))
+        teacher = train_denoiser(data, steps=trial.learned, seed=seed, progress=False)
+    generator, start = trial.start(exact, seed), time.process_time()
+    options: dict[str, Any] = {"seed": seed, "progress": False}
+    if trial.truth or trial.learned:
+        options["data"] = truth.sample(100_000, torch.Generator().manual_seed(seed))
+    if trial.sim:
+        distill(teacher, generator, "sim", steps=trial.sim, **options)
+    steps = max(1, trial.steps - trial.sim)
+    made = distill(teacher, generator, trial.objective, steps=steps, **(options | trial.options))
+    seconds = time.process_time() - start  # of one thread, whatever else runs beside it
+    return {"study": study, "name": name, "seed": seed, "steps": trial.steps, "n": N, "seconds": round(seconds, 1),
+            **measure(made, truth, seed)}
+
+
+def measure(made: Distilled, truth: GaussianMixture, seed: int) -> dict[str, Any]:
+    """Both KLs, the modes, sliced W2 over its floor, how far the critic is from the student's own denoiser."""
+    samples = made.sample(N, seed=1000 + seed)
+    kl, coverage = metrics.kl_both_ways(truth, samples), metrics.mode_coverage(truth, samples)
+    return {
+        "kl": kl.kl, "reverse_kl": kl.reverse_kl, "outside": kl.outside, "modes": coverage.covered,
+        "worst": coverage.worst, "high_quality": coverage.high_quality,
+        "off_weights": float((coverage.shares - truth.weights).abs().sum() / 2),  # total variation
+        "over_floor": metrics.over_floor(truth, samples, seed),
+        "critic_gap": critic_gap(made, truth.sigma_data, N // 10),
+        "samples": samples[:KEPT].clamp(-1e4, 1e4).numpy(),  # a lost student's are beyond what float16 holds
+    }
+
+
+@torch.no_grad()
+def critic_gap(made: Distilled, sigma_data: float, n: int = 1000) -> float:
+    """Root mean square of D_fake - D_q in standard deviations of the data, at noise levels 0.1 to 2 of them. D_q is of
+    the student as last trained, estimated from 20 n other samples of it."""
+    x0, points = (draw(made.generator, m, seed=seed) for m, seed in ((n, 1), (20 * n, 2)))
+    own, rng = EmpiricalTeacher(points), torch.Generator().manual_seed(0)
+    sigma = sigma_data * torch.logspace(-1, 0.3, n)
+    xt = x0 + sigma[:, None] * torch.randn(x0.shape, generator=rng)
+    gap: Tensor = made.fake(xt, sigma) - own(xt, sigma)
+    return float(gap.square().mean().sqrt()) / sigma_data
+
+
+class RatioQuality(NamedTuple):
+    """In nats, root mean squares over noised samples of the student."""
+
+    error: float  # of learned - exact log p / q
+    size: float  # of the exact one itself: an error of that size says nothing was learned
+
+
+@torch.no_grad()
+def ratio_quality(generator: Generator, ratio: Any, truth: GaussianMixture, sigma: float, n: int = 500) -> RatioQuality:
+    """A learned log p / q against the exact one at n noised samples of the student; q is estimated from 8 n others, a
+    kernel density whose kernel is the noise itself."""
+    points, x0 = (draw(generator, m, seed=seed) for m, seed in ((8 * n, 1), (n, 2)))
+    x = x0 + sigma * torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    exact = truth.noised(sigma).log_prob(x) - GaussianMixture(points, sigma).log_prob(x)
+    error = ratio(x, sigma) - exact
+    return RatioQuality(float(error.square().mean().sqrt()), float(exact.square().mean().sqrt()))
+
+
+def learn_ratio(loss: Callable[[Batch], Tensor], p: GaussianMixture, q: GaussianMixture, steps: int) -> Discriminator:
+    """log p / q of two fixed laws at noise levels 0.1 to 4, by `matching.ratio_loss` or `ScoreOfMixture().critic_loss`;
+    q stands for the student and, as a denoiser, for the critic."""
+    torch.manual_seed(0)
+    rng, ratio = torch.Generator().manual_seed(1), Discriminator(MLP(p.shape, hidden=64, out_features=1), p.sigma_data)
+    optimizer = torch.optim.Adam(ratio.parameters(), 3e-3)
+    for step in range(steps):
+        training.set_learning_rate(optimizer, 3e-3 * (1 - step / steps))
+        sigma, alpha = 0.1 * 40 ** torch.rand(512, generator=rng), torch.rand(512, generator=rng)
+        made, real, noise = q.sample(512, rng), p.sample(512, rng), torch.randn(512, *p.shape, generator=rng)
+        batch = Batch(made, sigma, noise, p, q, ratio=ratio, real=real, uniform=alpha)
+        training.optimizer_step(loss(batch).mean(), optimizer)
+    return ratio.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------- all of them
+
+@dataclass(frozen=True)
+class Stored:
+    """What a sweep left in a folder."""
+
+    about: dict[str, Any]  # hardware, torch, workers
+    rows: list[dict[str, Any]]
+    points: dict[str, Any]
+
+    def runs(self, study: str, name: str, key: str) -> list[float]:
+        """One number of every seed's run, in the order of seeds; none if there are no runs."""
+        return [row[key] for row in self.rows if (row["study"], row["name"]) == (study, name)]
+
+    def median(self, study: str, name: str, key: str) -> float:
+        return float(np.median(self.runs(study, name, key)))
+
+    def samples(self, study: str, name: str) -> Tensor:
+        """Of seed 0, (1000, 2)."""
+        return torch.from_numpy(self.points[f"{study}: {name}"].astype(np.float32))
+
+
+def read(folder: str | Path) -> Stored:
+    """The rows and samples in a folder; none if there are no files yet."""
+    file, pictures = Path(folder) / "results.json", Path(folder) / "samples.npz"
+    about = json.loads(file.read_text()) if file.exists() else {"rows": []}
+    return Stored(about, about.pop("rows"), dict(np.load(pictures)) if pictures.exists() else {})
+
+
+def sweep(out: Path, studies: Sequence[str], seeds: int, at_most: int | None = None, workers: int = 2) -> None:
+    """All runs that `out` does not have yet, its rows and samples being kept after each."""
+    file, pictures, stored = checkpoints.writable(out / "results.json"), out / "samples.npz", read(out)
+    rows, points = stored.rows, stored.points
+    have = {(row["study"], row["name"], row["seed"]) for row in rows}
+    jobs = [job for study in studies for seed in range(seeds) for name in STUDIES[study]
+            if (job := (study, name, seed)) not in have]
+    order = {key: i for i, key in enumerate((study, name) for study in STUDIES for name in STUDIES[study])}
+    about = {"hardware": cifar10.hardware("cpu"), "torch": torch.__version__, "workers": workers}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures = [pool.submit(run, *job, at_most) for job in jobs]
+        for future in tqdm(as_completed(futures), total=len(jobs), desc="sweep", unit="run"):
+            row = future.result()
+            samples = row.pop("samples")
+            if row["seed"] == 0:
+                points[f"{row['study']}: {row['name']}"] = samples.astype(np.float16)
+                with checkpoints.atomic(pictures) as path, path.open("wb") as stream:
+                    np.savez_compressed(stream, **points)
+            rows.append(row)
+            rows.sort(key=lambda row: (order[row["study"], row["name"]], row["seed"]))
+            lines = ",\n".join(json.dumps(row) for row in rows)
+            with checkpoints.atomic(file) as path:
+                path.write_text(f'{json.dumps(about)[:-1]}, "rows": [\n{lines}\n]}}\n')
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """What may be asked of it on the command line, besides --out."""
+    add = parser.add_argument
+    add("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), metavar="NAME", help=", ".join(STUDIES))
+    add("--seeds", type=int, default=5, help="runs of each trial, with seeds 0, 1, ... (default %(default)s)")
+    add("--at-most", type=int, default=None, metavar="STEPS", help="a bound on the steps of a run, for a first try")
+
+
+def command(a: argparse.Namespace) -> None:
+    """`minidistill sweep`."""
+    sweep(Path(a.out), a.studies, a.seeds, a.at_most)

@@ -1,0 +1,151 @@
+"""Each exercise's check accepts the solution, refuses wrong answers, and never raises."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minidistill import check
+
+_spec = importlib.util.spec_from_file_location("solutions", Path(__file__).parents[2] / "tutorials" / "solutions.py")
+assert _spec is not None
+assert _spec.loader is not None
+solutions = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(solutions)
+
+
+def _forgot_normaliser(x, means, stds, weights):
+    offset = means - x[:, None]
+    responsibility = (weights.log() - (offset**2).sum(2) / (2 * stds**2)).softmax(1)
+    return (responsibility[:, :, None] * offset / stds[:, None] ** 2).sum(1)
+
+
+WRONG: dict[str, list[Callable[..., Any]]] = {
+    "one_call": [lambda d, z, s: d(z, s), lambda d, z, s: s * z - s * (s * z - d(s * z, s))],
+    "score_gap": [lambda p, q, s: (q - p) / s[:, None] ** 2, lambda p, q, s: (p - q) / s[:, None]],
+    "mixture_score": [_forgot_normaliser, lambda *a: -solutions.mixture_score(*a)],
+    "tweedie": [lambda f, x, s: x + s * f(x), lambda f, x, s: s**2 * f(x)],
+    "langevin_share": [lambda start, weight: weight, lambda start, weight: (start + weight) / 2],
+    "stein_trace": [
+        lambda f, x, e, r: (e * f(x + r * e)).sum(1) / r, lambda f, x, e, r: (e * (f(x + r * e) - f(x))).sum(1) / r**2,
+        lambda f, x, e, r: (e * (f(x + r * e) - f(x))).mean(1) / r,
+    ],
+    "best_share": [lambda t, d, c: d / (t + d), lambda t, d, c: (t - c) / (t + d - 2 * c)],
+    "class_gradient": [
+        lambda W, c, y: W[y], lambda W, c, y: c @ W - W[y], lambda W, c, y: (1 - c.gather(1, y[:, None])) * W[y],
+    ],
+    "gauge_defect": [
+        lambda J, r, s: J.diagonal(dim1=1, dim2=2).sum(1), lambda J, r, s: (r * s).sum(1),
+        lambda J, r, s: (J - J.mT).square().sum((1, 2)),
+    ],
+    "velocity": [
+        lambda x, x0, a, s, da, ds: da * x0 + ds * x, lambda x, x0, a, s, da, ds: da * x0 + ds * (x - x0) / s,
+        lambda x, x0, a, s, da, ds: -solutions.velocity(x, x0, a, s, da, ds),
+    ],
+    "uniform_time_density": [lambda s: 1 / (1 + s) ** 2, lambda s: s / (1 + s)],
+    "weighted_denoiser": [
+        lambda x, y, w, s: solutions.weighted_denoiser(x, y, 0 * w + 1, s),
+        lambda x, y, w, s: solutions.weighted_denoiser(x, y, w, s**0.5),
+        lambda x, y, w, s: (w - (x[:, None] - y).square().sum(2) / (2 * s[:, None] ** 2)).softmax(1) @ y,
+    ],
+    "aligned_share": [lambda w: 1 / w.mean(), lambda w: (1 / w).mean(), lambda w: (w**2).mean() / w.mean()],
+    "ddim_step": [
+        lambda x, D, s, t, eta, z: D + t * (x - D) / s, lambda x, D, s, t, eta, z: D + t * (x - D) / s + eta * t * z,
+        lambda x, D, s, t, eta, z: D + t * (1 - eta**2) ** 0.5 * (x - D) / s + eta * t * z,
+    ],
+    "gaussian_flow": [
+        lambda x, s, t, m, v, u: solutions.gaussian_flow(x, s, t, 0 * m, v, u),
+        lambda x, s, t, m, v, u: solutions.gaussian_flow(x, s, t, m, v, u.T),
+        lambda x, s, t, m, v, u: m + ((x - m) @ u * (v + t**2) / (v + s**2)) @ u.T,
+        lambda x, s, t, m, v, u: m + (x - m) * t / s,
+    ],
+    "flipped_weight": [
+        lambda h, r: h(1 / r), lambda h, r: r**2 * h(1 / r), lambda h, r: h(r) / r,
+    ],
+    "chi_squared_conjugate": [
+        lambda u: u + u**2 / 4, lambda u: (u + u**2 / 4).clamp(min=0), lambda u: u + u**2 / 2,
+    ],
+    "divergence_weight": [
+        lambda f, r: solutions.divergence_weight(f, r) / r**2, lambda f, r: solutions.divergence_weight(f, 1 / r),
+        lambda f, r: -solutions.divergence_weight(f, r),
+    ],
+    "reverse_kl_gradient": [
+        lambda f, m, s, z: -solutions.reverse_kl_gradient(f, m, s, z),
+        lambda f, m, s, z: solutions.reverse_kl_gradient(f, m, s, z)[[0, 0]],
+        lambda f, m, s, z: solutions.reverse_kl_gradient(f, m, s, z) * s,
+    ],
+    "best_cover": [
+        lambda m, s, w: solutions.best_cover(m, 0 * s, w),
+        lambda m, s, w: solutions.best_cover(m, s, 0 * w + 1 / len(w)),
+        lambda m, s, w: solutions.best_cover(m, s, w) ** 2,
+    ],
+    "dmd_gradient": [
+        lambda x, p, q: q - p, lambda x, p, q: -solutions.dmd_gradient(x, p, q),
+        lambda x, p, q: (q - p) / (x - p).abs().sum(1, keepdim=True), lambda x, p, q: (q - p) / (x - p).abs().mean(),
+    ],
+    "mixture_denoiser": [
+        lambda p, q, l, a: a * p + (1 - a) * q, lambda p, q, l, a: solutions.mixture_denoiser(p, q, -l, a),
+        lambda p, q, l, a: solutions.mixture_denoiser(q, p, l, a),
+        lambda p, q, l, a: solutions.mixture_denoiser(p, q, l, 0.5),
+    ],
+    "pseudo_huber_slope": [
+        lambda y, c: y / (y**2 + c**2).sqrt(), lambda y, c: y / (y.norm(dim=1, keepdim=True) + c),
+        lambda y, c: 2 * solutions.pseudo_huber_slope(y, c),
+    ],
+    "gaussian_fisher": [
+        lambda mp, sp, mq, sq, s: solutions.gaussian_fisher(mq, sq, mp, sp, s),
+        lambda mp, sp, mq, sq, s: solutions.gaussian_fisher(mp, sp, mq, sq, 0.0),
+        lambda mp, sp, mq, sq, s: solutions.gaussian_fisher(0.0, sp, 0.0, sq, s),
+    ],
+    "normalised_ratio": [lambda r, k: r / r.mean(), lambda r, k: solutions.normalised_ratio(r, k).log()],
+    "sim_gradient": [
+        lambda y, r, p, q: 2 * y, lambda y, r, p, q: 2 * y - 2 * y @ q,
+        lambda y, r, p, q: solutions.sim_gradient(y, r, p.T, q.T), lambda *a: -solutions.sim_gradient(*a),
+    ],
+    "c_out": [lambda skip, s, d: (1 - skip) * d + skip * s, lambda skip, s, d: d],
+    "ema_decay": [lambda halflife, size: 1 - size / halflife, lambda halflife, size: 0.5 ** (halflife / size)],
+    "mirror": [lambda x, coins: x.flip(-1), lambda x, coins: solutions.mirror(x.mT, coins).mT],
+    "noise_through": [lambda s, d: s, lambda s, d: d**2 / (s**2 + d**2)],
+    "sid_loss": [lambda p, q, x, a: -solutions.sid_loss(p, q, x, a), lambda p, q, x, a: solutions.sid_loss(q, p, x, a)],
+}
+CASES = [(name, wrong) for name, answers in WRONG.items() for wrong in answers]
+
+
+def _says(capsys):
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_solution_passes(name, capsys):
+    assert getattr(check, name)(getattr(solutions, name)) is True
+    assert _says(capsys).endswith(": correct")
+
+
+@pytest.mark.parametrize(("name", "wrong"), CASES)
+def test_wrong_answer_fails_with_expected_and_got(name, wrong, capsys):
+    assert getattr(check, name)(wrong) is False
+    line = _says(capsys)
+    assert "expected" in line
+    assert "got" in line
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize(
+    ("stub", "text"),
+    [(lambda *a: ..., "not attempted yet"), (lambda *a: None, "not attempted yet"), (lambda: 0, "raised TypeError"),
+     (lambda *a: "text", "expected numbers"), (None, "raised TypeError"), (lambda *a: [[1.0]] * 7, "expected shape"),
+     (lambda *a: float("nan"), "expected")],
+)
+def test_check_never_raises(name, stub, text, capsys):
+    assert getattr(check, name)(stub) is False
+    assert text in _says(capsys)
+
+
+def test_every_solution_has_a_check_and_wrong_answers():
+    defined = {name for name, value in vars(solutions).items() if callable(value)}
+    assert defined == set(WRONG)
+    assert all(len(answers) >= 2 for answers in WRONG.values())
