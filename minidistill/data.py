@@ -111,7 +111,7 @@ def random_flip(images: Tensor, rng: torch.Generator) -> Tensor:
 
 def cifar10(
     root: str | Path | None = None, split: str = "train", download: bool = False, *,
-    n: int | None = None, verify: bool = True,
+    n: int | None = None, size: int = 32, verify: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """CIFAR-10: 50,000 training and 10,000 test images of ten classes (Krizhevsky 2009, *Learning Multiple Layers of
     Features from Tiny Images*; https://www.cs.toronto.edu/~kriz/cifar.html).
@@ -126,29 +126,43 @@ def cifar10(
             and variable into ~/.cache/minidistill. One process at a time: call it once before starting several.
         n: only n images: the first n / 10 of each class, in the files' order. Of the sheets only those needed are read,
             and up to 5,000 / 1,000 images come from `ci-train-5000.webp` / `ci-test-1000.webp` where those exist.
+        size: 32, or 16, 8, ...: each image averaged over blocks of pixels, rounded to bytes.
         verify: whenever the whole split was read, compare its labels and pixels with CIFAR-10's own hash. False is for
             your own images in the same layout; an archive's md5 and the sheets' manifest are checked even so.
     Returns:
-        images (n, 3, 32, 32), uint8, 0 to 255, contiguous; labels (n,), int64, 0 to 9: places in `CIFAR10_CLASSES`.
+        images (n, 3, size, size), uint8, 0 to 255, contiguous; labels (n,), int64, 0 to 9: places in `CIFAR10_CLASSES`.
         In the files' order, which differs between the official version and the sheets: shuffle before training.
     Raises:
         ValueError: an unknown split, a bad n, nowhere to look, or a file that is not what it should be.
         FileNotFoundError: a file that is missing. OSError: a download that failed.
     """
-    size = RECORDS * len(_validate.choose("split", split, BATCHES))
-    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n % 10 or not 10 <= n <= size):
-        raise ValueError(f"n={n!r}: wanted a multiple of 10 (as many of each class) from 10 to {size}, or None for all")
+    _validate.whole("size", size)
+    if 32 % size:
+        raise ValueError(f"size={size}: wanted 32, 16, 8, 4, 2 or 1")
+    total = RECORDS * len(_validate.choose("split", split, BATCHES))
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n % 10 or not 10 <= n <= total):
+        raise ValueError(f"n={n!r}: wanted a multiple of 10 (as many of each class) from 10 to {total}, or None for all")
     read, path = _version(_place(root, download), split, download)
     images, labels = read(path, split, n)
-    if verify and len(labels) == size and (found := _split_hash(images, labels)) != SPLIT_SHA256[split]:
+    if verify and len(labels) == total and (found := _split_hash(images, labels)) != SPLIT_SHA256[split]:
         raise ValueError(
             f"{path}: its {split} split is not CIFAR-10's, in a label or pixel at least (hash {found}; wanted "
             f"{SPLIT_SHA256[split]}). verify=False reads your own images in the same layout"
         )
-    if n is None:
-        return images, labels
-    chosen = _first_of_each_class(path, labels, n // 10)
-    return images[chosen], labels[chosen]
+    if n is not None:
+        chosen = _first_of_each_class(path, labels, n // 10)
+        images, labels = images[chosen], labels[chosen]
+    return smaller(images, size), labels
+
+
+def smaller(images: Tensor, size: int) -> Tensor:
+    """Images (n, c, h, w) as bytes averaged over square blocks to (n, c, size, size), rounded to the nearest byte."""
+    block = images.shape[-1] // size
+    if block == 1:
+        return images
+    pool = torch.nn.functional.avg_pool2d  # in parts: floats of all would be four times as many
+    parts = [pool(part.float(), block) for part in images.split(5000)]
+    return torch.cat([part.add_(0.5).to(torch.uint8) for part in parts])
 
 
 def _place(root: str | Path | None, download: bool) -> Path:
