@@ -141,7 +141,8 @@ def cifar10(
         raise ValueError(f"size={size}: wanted 32, 16, 8, 4, 2 or 1")
     total = RECORDS * len(_validate.choose("split", split, BATCHES))
     if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n % 10 or not 10 <= n <= total):
-        raise ValueError(f"n={n!r}: wanted a multiple of 10 (as many of each class) from 10 to {total}, or None for all")
+        raise ValueError(f"n={n!r}: wanted a multiple of 10 (as many of each class) from 10 to {total}, or None for "
+                         "all")
     read, path = _version(_place(root, download), split, download)
     images, labels = read(path, split, n)
     if verify and len(labels) == total and (found := _split_hash(images, labels)) != SPLIT_SHA256[split]:

@@ -72,6 +72,11 @@ class GaussianMixture:
         else:
             raise ValueError(f"stds_or_covs has shape {tuple(spread.shape)}; wanted (), ({k},) or ({k}, {d}, {d})")
 
+    def __repr__(self) -> str:
+        many = "s" if self.n_components > 1 else ""
+        return (f"GaussianMixture({self.n_components} component{many}, shape={self.shape}, "
+                f"sigma_data={self.sigma_data:.4g})")
+
     @property
     def n_components(self) -> int:
         return len(self.means)

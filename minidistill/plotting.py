@@ -171,20 +171,24 @@ def image_grid(images: Tensor, ax: Axes | None = None, *, columns: int = 10, tit
 
 def panel(seen: Diagnosis, ax: Axes | None = None, *, columns: int = 12) -> Axes:
     """The state of an image distillation at a glance. Rows: student samples, the same noised (each image scaled back to
-    its range), the teacher's and the fake network's denoised. Columns: noise levels, rising from left to right."""
+    its range), the teacher's and, where there is one, the fake network's denoised. Columns: noise levels, rising from
+    left to right."""
     ax = _axes(ax, (0.85 * columns, 3.6))
     pick = torch.linspace(0, len(seen.x0) - 1, columns).round().long()
     noised = seen.xt / (1 + seen.sigma.reshape(-1, 1, 1, 1).square()).sqrt()
-    rows = torch.cat([x[pick].cpu() for x in (seen.x0, noised, seen.teacher_x0, seen.fake_x0)])
-    image_grid(rows, ax, columns=columns)
-    height, width = rows.shape[2] + 1, rows.shape[3] + 1
-    names = ["student", "noised", "teacher's\ndenoised", "fake's\ndenoised"]
+    rows = {"student": seen.x0, "noised": noised, "teacher's\ndenoised": seen.teacher_x0}
+    if seen.fake_x0 is not None:
+        rows["fake's\ndenoised"] = seen.fake_x0
+    images = torch.cat([x[pick].cpu() for x in rows.values()])
+    image_grid(images, ax, columns=columns)
+    height, width = images.shape[2] + 1, images.shape[3] + 1
     ax.set_axis_on()
     ax.grid(False)
-    ax.set_yticks([(k + 0.5) * height for k in range(4)], names)
+    ax.set_yticks([(k + 0.5) * height for k in range(len(rows))], list(rows))
     ax.set_xticks([(k + 0.5) * width for k in range(columns)], [f"{s:.2g}" for s in seen.sigma[pick].tolist()])
-    title = f"score gap {seen.score_gap:.3f} (root mean square, in standard deviations of the data)"
-    ax.set(xlabel=r"noise level $\sigma$", title=title)
+    ax.set(xlabel=r"noise level $\sigma$")
+    if seen.score_gap is not None:
+        ax.set_title(f"score gap {seen.score_gap:.3f} (root mean square, in standard deviations of the data)")
     ax.tick_params(length=0)
     for spine in ax.spines.values():
         spine.set_visible(False)

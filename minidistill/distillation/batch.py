@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import torch
@@ -13,29 +12,36 @@ from torch import Tensor
 from minidistill import _validate
 from minidistill.networks import Correction
 
-__all__ = ["Batch", "Terms", "dmd_scale", "no_weights", "per_sample", "term_gradients"]
+__all__ = ["Batch", "dmd_scale", "no_weights", "per_sample"]
 
 
 @dataclass
 class Batch:
-    """x0 (n, *shape) from the student, to be noised to x0 + sigma * noise.
+    """The student's samples x0, to be noised to x0 + sigma * noise, and everything to hold them against.
 
-    In `generator_loss`, x0 carries the graph back to the student; in `critic_loss` it is detached.
+    In `generator_loss` x0 carries the graph back to the student and gradients pass through `teacher`, `fake` and
+    `ratio` without reaching their weights; in `critic_loss` x0 is detached. What an objective did not ask for (`Needs`)
+    is None.
     """
 
-    x0: Tensor
-    sigma: Tensor  # (n,)
-    noise: Tensor  # like x0
-    teacher: Callable[..., Tensor]
-    fake: Callable[..., Tensor]
-    label: Tensor | None = None
-    ratio: Callable[..., Tensor] | None = None  # the discriminator's logit, about log p / q, (n,)
-    real: Tensor | None = None  # (n, *shape) the teacher's samples or data, for objectives with a critic of samples
-    real_label: Tensor | None = None
-    sigma_data: float = 1.0
+    x0: Tensor  # (n, *shape) the student's samples; zeros if needs_samples is False
+    sigma: Tensor  # (n,) noise levels, in data units
+    noise: Tensor  # (n, *shape) standard normal
+    teacher: Callable[..., Tensor]  # D_p(x, sigma, label)
+    fake: Any = None  # D_q(x, sigma, label), the denoiser of the student's own samples; callable
+    label: Tensor | None = None  # (n,) the classes that x0 was asked for; None for an unconditional teacher
+    ratio: Callable[..., Tensor] | None = None  # (x, sigma, label) -> (n,), the learned log p_sigma / q_sigma
+    real: Tensor | None = None  # (n, *shape) the teacher's samples or data
+    real_label: Tensor | None = None  # (n,) their classes
+    sigma_data: float = 1.0  # the data's standard deviation: what losses are made free of units with
     uniform: Tensor | None = None  # (n,) numbers in [0, 1), for objectives that draw a parameter
     pair_x0: Tensor | None = None  # (n, *shape) what the student makes of the pairs' noise, with its graph
     pair_y: Tensor | None = None  # (n, *shape) what the teacher's sampler made of the same noise
+    student: Callable[..., Tensor] | None = None  # (x, sigma, label) -> (n, *shape): the student called at any level
+    target: Callable[..., Tensor] | None = None  # the same of its average, without gradient (needs_target)
+    second_teacher: Callable[..., Tensor] | None = None  # another D(x, sigma, label) (needs_second_teacher)
+    progress: float = 0.0  # how much of the run is over, 0 to 1
+    generator: torch.Generator | None = None  # for draws of the objective's own, on x0's device
 
     @property
     def xt(self) -> Tensor:
@@ -59,36 +65,17 @@ class Batch:
         return xt, x0, self.sigma.repeat(2), label
 
 
-class Terms:
-    """An objective whose generator loss is a sum of named terms, so that each one's gradient can be looked at."""
-
-    def terms(self, batch: Batch) -> dict[str, Tensor]:
-        raise NotImplementedError
-
-    def generator_loss(self, batch: Batch) -> Tensor:
-        return reduce(torch.add, self.terms(batch).values())
-
-
-def term_gradients(objective: Any, batch: Batch, wrt: Sequence[Tensor]) -> dict[str, list[Tensor]]:
-    """The gradient of each term's batch mean in `wrt`: the student's parameters, or `[batch.x0]` for the pull on
-    each sample. Zeros where a term does not reach."""
-    terms = objective.terms(batch)
-    return {
-        name: list(torch.autograd.grad(term.mean(), wrt, retain_graph=True, allow_unused=True, materialize_grads=True))
-        for name, term in terms.items()
-    }
-
-
 def per_sample(values: Tensor) -> Tensor:
     """Sum over everything but the first axis: (n, *shape) -> (n,)."""
     return values.flatten(1).sum(1)
 
 
-def dmd_scale(x0: Tensor, teacher_x0: Tensor) -> Tensor:
-    """1 / mean|x0 - D_teacher|, (n, 1, ..., 1), without gradient: the normaliser of DMD (Yin 2024, equation 8),
-    which makes every noise level pull about equally hard."""
-    gap = (x0 - teacher_x0).detach().abs().flatten(1).mean(1).clamp(min=1e-3)
-    return (1 / gap).reshape(-1, *[1] * (x0.ndim - 1))
+def dmd_scale(x0: Tensor, teacher_x0: Tensor, sigma_data: float = 1.0) -> Tensor:
+    """sigma_data / mean|x0 - D_teacher|, (n, 1, ..., 1), without gradient: the normaliser of DMD (Yin 2024, equation
+    8), which makes every noise level pull about equally hard. The mean is at least 1e-5 sigma_data, as in SiD's
+    code."""
+    gap = (x0 - teacher_x0).detach().abs().flatten(1).mean(1) / sigma_data
+    return (1 / gap.clamp(min=1e-5)).reshape(-1, *[1] * (x0.ndim - 1))
 
 
 def no_weights(x0: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ class Diagnosis:
     sigma: Tensor  # (n,) noise levels, rising
     xt: Tensor  # (n, *shape) noised
     teacher_x0: Tensor  # (n, *shape) the teacher's denoised
-    fake_x0: Tensor  # (n, *shape) the fake network's
-    score_gap: float  # root mean square of D_teacher - D_fake over all levels, in standard deviations of the data
+    fake_x0: Tensor | None  # (n, *shape) the fake network's; None where there is none
+    score_gap: float | None  # root mean square of D_teacher - D_fake over all levels, in units of sigma_data
     log_ratio: float | None  # mean of the learned log p / q at the student's samples; 0 once they can't be told apart
 
 
@@ -36,7 +36,7 @@ class Diagnosis:
 def diagnose(
     generator: Any,
     teacher: Callable[..., Tensor],
-    fake: Callable[..., Tensor],
+    fake: Callable[..., Tensor] | None,
     *,
     sigma_data: float,
     ratio: Callable[..., Tensor] | None = None,
@@ -55,7 +55,7 @@ def diagnose(
     noises = [torch.randn(n, *generator.shape, generator=rng).to(device) for _ in getattr(generator, "levels", ())]
     x0 = entrance(generator, z, label, noises).into(generator, label)
     xt = x0 + sigma.reshape(-1, *[1] * (x0.ndim - 1)) * noise
-    teacher_x0, fake_x0 = teacher(xt, sigma, label), fake(xt, sigma, label)
-    gap = float((teacher_x0 - fake_x0).square().mean().sqrt()) / sigma_data
+    teacher_x0, fake_x0 = teacher(xt, sigma, label), None if fake is None else fake(xt, sigma, label)
+    gap = None if fake_x0 is None else float((teacher_x0 - fake_x0).square().mean().sqrt()) / sigma_data
     log_ratio = None if ratio is None else float(ratio(xt, sigma, label).mean())
     return Diagnosis(x0, sigma, xt, teacher_x0, fake_x0, gap, log_ratio)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,42 +13,15 @@ from torch import Tensor, nn
 
 from minidistill import _validate
 from minidistill.data import random_flip, to_float
-from minidistill.distillation.pairs import Pairs
+from minidistill.distillation.empirical import EmpiricalFake
+from minidistill.distillation.objective import Needs
+from minidistill.distillation.pairs import Pairs, make_pairs
+from minidistill.distillation.settings import Settings
 from minidistill.networks import MLP, Correction, Denoiser, Discriminator, FeatureDiscriminator, Generator
 
-__all__ = [
-    "Needs", "Real", "Run", "check_data", "device_of", "has_weights", "prepare", "real_samples", "shape_of",
-    "sigma_data_of",
-]
+__all__ = ["Real", "Run", "check_data", "device_of", "has_weights", "prepare", "real_samples", "shape_of"]
 
 Real = Callable[[int], "tuple[Tensor, Tensor | None]"]  # n -> (samples, labels)
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What an objective asks for, each by an attribute of its own (`needs_ratio`, ..., `critic_steps`)."""
-
-    ratio: bool = False  # a discriminator that learns log p / q, and real samples for it
-    real: bool = False  # real samples alone
-    features: bool = False  # a fake network with `.features(x, sigma, label)`
-    pairs: int = 0  # so many pairs of noise and the teacher's samples
-    uniform: bool = False  # a number in [0, 1) for each sample
-    critic_steps: int | None = None  # critic updates for each of the student's, unless the caller says how many
-    learning_rate: float | None = None  # of the student, unless the caller says which; and likewise
-    warmup: int | None = None  # steps in which that rises
-    gradient_clip: float | None = None  # bound on the norm of either gradient
-
-    @property
-    def data(self) -> bool:
-        """Whether it compares with real samples."""
-        return self.ratio or self.real
-
-    @classmethod
-    def of(cls, objective: object) -> Needs:
-        needs = {name: f"needs_{name}" for name in ("ratio", "real", "features", "pairs", "uniform")}
-        own = {name: name for name in ("critic_steps", "learning_rate", "warmup", "gradient_clip")}
-        return cls(**{name: getattr(objective, attribute, getattr(cls, name))
-                      for name, attribute in (needs | own).items()})
 
 
 @dataclass
@@ -56,12 +30,13 @@ class Run:
 
     teacher: Callable[..., Tensor]
     generator: Generator
-    fake: nn.Module
+    fake: Any  # a network, an `EmpiricalFake`, or None
     ratio: nn.Module | None
     real: Real | None
     class_weights: Tensor | None
     sigma_data: float
     pairs: Pairs | None = None
+    second_teacher: Callable[..., Tensor] | None = None
 
 
 def has_weights(teacher: object) -> bool:
@@ -70,40 +45,74 @@ def has_weights(teacher: object) -> bool:
 
 
 def prepare(
-    teacher: Any, generator: Generator | None, *, needs: Needs, shape: tuple[int, ...], sigma_data: float,
-    sigma_init: float, data: Tensor | None, labels: Tensor | None, flip: bool, rng: torch.Generator,
+    teacher: Any, generator: Generator | None, needs: Needs, settings: Settings, *, shape: tuple[int, ...],
+    data: Tensor | None, labels: Tensor | None, rng: torch.Generator, second_teacher: Any = None, progress: bool = True,
 ) -> Run:
     """Copies of the teacher where it has weights, small MLPs where it has none."""
     device, n_classes = rng.device, int(getattr(teacher, "n_classes", 0))
-    real = real_samples(teacher, data, labels, flip, rng) if needs.data else None
+    real = real_samples(teacher, data, labels, settings.flip, rng) if needs.data else None
     trained = has_weights(teacher)
     if trained:
         teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
     if generator is None:
-        new = Denoiser(MLP(shape, depth=4, activation="relu", n_classes=n_classes), sigma_data)
-        generator = Generator(copy.deepcopy(teacher) if trained else new, sigma_init)
-    fake: nn.Module
-    ratio: nn.Module | None = None
-    if trained:
-        fake = copy.deepcopy(teacher)
-    else:
-        fake = Correction(teacher, MLP(shape, hidden=96, n_classes=n_classes), sigma_data)
+        generator = _student(teacher if trained else None, shape, n_classes, settings)
+    generator.levels = settings.student_levels
+    generator = generator.to(device).train().requires_grad_(True)
+    run = Run(
+        teacher=teacher, generator=generator, ratio=None, real=real,
+        fake=_fake(teacher, trained, generator, needs, settings, shape, n_classes),
+        class_weights=torch.ones(n_classes, device=device) if n_classes else None,
+        sigma_data=settings.sigma_data, second_teacher=second_teacher,
+    )
+    if isinstance(run.fake, nn.Module):
+        run.fake = run.fake.to(device).train().requires_grad_(True)
+    if needs.ratio:
+        run.ratio = _ratio(teacher, trained, settings, shape, n_classes).to(device)
+    if needs.pairs:
+        run.pairs = make_pairs(run.teacher, needs.pairs, shape, settings.sigma_data, generator.n_classes,
+                               seed=settings.seed, device=device, progress=progress)
+    return run
+
+
+def _student(teacher: Any, shape: tuple[int, ...], n_classes: int, settings: Settings) -> Generator:
+    """A copy of the teacher, or a new network whose kinks can tear one Gaussian into separate modes."""
+    if teacher is not None:
+        return Generator(copy.deepcopy(teacher), settings.sigma_init)
+    network = MLP(shape, depth=4, activation="relu", n_classes=n_classes, centre=_centre(settings))
+    return Generator(Denoiser(network, settings.sigma_data), settings.sigma_init)
+
+
+def _fake(
+    teacher: Any, trained: bool, generator: Generator, needs: Needs, settings: Settings, shape: tuple[int, ...],
+    n_classes: int,
+) -> Any:
+    if not needs.fake:
+        return None
+    if settings.fake == "empirical":
+        if settings.student_levels:
+            raise ValueError("fake='empirical': wanted a student of one step, without student_levels")
+        if needs.features:
+            raise ValueError("fake='empirical': this objective reads the fake network's features; wanted 'learned'")
+        return EmpiricalFake(generator)
+    fake = copy.deepcopy(teacher) if trained else Correction(
+        teacher, MLP(shape, hidden=96, n_classes=n_classes, centre=_centre(settings)), settings.sigma_data)
     if needs.features and not hasattr(fake, "features"):
         raise TypeError(f"teacher is {type(teacher).__name__}; this objective reads features: wanted one with "
                         ".features(x, sigma, label), or an exact teacher")
-    if needs.ratio and trained and hasattr(teacher, "features"):
-        ratio = FeatureDiscriminator(teacher)
-    elif needs.ratio:
-        ratio = Discriminator(MLP(shape, hidden=64, n_classes=n_classes, out_features=1), sigma_data)
-    return Run(
-        teacher=teacher,
-        generator=generator.to(device).train().requires_grad_(True),
-        fake=fake.to(device).train().requires_grad_(True),
-        ratio=None if ratio is None else ratio.to(device),
-        real=real,
-        class_weights=torch.ones(n_classes, device=device) if n_classes else None,
-        sigma_data=sigma_data,
-    )
+    return fake
+
+
+def _ratio(teacher: Any, trained: bool, settings: Settings, shape: tuple[int, ...], n_classes: int) -> nn.Module:
+    if trained and hasattr(teacher, "features"):
+        return FeatureDiscriminator(teacher)
+    network = MLP(shape, hidden=64, n_classes=n_classes, out_features=1, centre=_centre(settings))
+    return Discriminator(network, settings.sigma_data)
+
+
+def _centre(settings: Settings) -> float:
+    """What ln(sigma) / 4 has to be reduced by for new networks to see the same numbers in any unit of data; 0 for data
+    of standard deviation 0.5, as EDM's."""
+    return math.log(2 * settings.sigma_data) / 4
 
 
 def real_samples(teacher: Any, data: Tensor | None, labels: Tensor | None, flip: bool, rng: torch.Generator) -> Real:
@@ -149,15 +158,6 @@ def shape_of(teacher: Any, generator: Generator | None, data: Tensor | None, sha
         if value != known[0][1]:
             raise ValueError(f"{name} has samples of shape {value}, but {known[0][0]} {known[0][1]}")
     return known[0][1]
-
-
-def sigma_data_of(teacher: Any, generator: Generator | None, data: Tensor | None) -> float:
-    """The data's standard deviation, as the teacher knows it, or the generator, or the data."""
-    if hasattr(teacher, "sigma_data"):
-        return float(teacher.sigma_data)
-    if generator is not None:
-        return float(generator.denoiser.sigma_data)
-    return float(to_float(data).std()) if data is not None else 1.0
 
 
 def device_of(teacher: Any) -> torch.device:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,23 +11,18 @@ import torch
 from torch import Tensor
 
 from minidistill import _validate, training
+from minidistill.data import to_float
 from minidistill.distillation.diagnosis import Diagnosis
-from minidistill.distillation.loop import SCHEDULES, Objective, train
-from minidistill.distillation.objectives import OBJECTIVES
-from minidistill.distillation.pairs import make_pairs
+from minidistill.distillation.loop import train
+from minidistill.distillation.objective import Needs, Objective
+from minidistill.distillation.objectives import OBJECTIVES, DistributionMatching
 from minidistill.distillation.plateau import check_patience
-from minidistill.distillation.prepare import (
-    Needs,
-    check_data,
-    device_of,
-    has_weights,
-    prepare,
-    shape_of,
-    sigma_data_of,
-)
-from minidistill.distillation.student import Distilled, check_levels
-from minidistill.networks import Generator
-from minidistill.training import Speed, parallel
+from minidistill.distillation.prepare import check_data, device_of, has_weights, prepare, shape_of
+from minidistill.distillation.settings import Settings
+from minidistill.distillation.student import Distilled
+from minidistill.divergences import FDivergence
+from minidistill.networks import Generator, estimate_sigma_data, probe
+from minidistill.training import Speed
 
 __all__ = ["distill"]
 
@@ -33,12 +30,15 @@ __all__ = ["distill"]
 def distill(
     teacher: Callable[..., Tensor],
     generator: Generator | None = None,
-    objective: str | Objective = "reverse_kl",
+    objective: str | FDivergence | Objective = "reverse_kl",
     *,
     steps: int,
     data: Tensor | None = None,
     labels: Tensor | None = None,
     shape: tuple[int, ...] | None = None,
+    sigma_data: float | None = None,
+    second_teacher: Callable[..., Tensor] | None = None,
+    fake: str = "learned",
     batch_size: int = 256,
     critic_steps: int | None = None,
     learning_rate: float | None = None,
@@ -67,15 +67,22 @@ def distill(
     """Distil a teacher D(x, sigma, label) to a generator x0 = G(z, label) of one network call, or of a few.
 
     Args:
-        teacher: any denoiser: an exact `GaussianMixture`, a trained `Denoiser`, or your own callable.
+        teacher: any denoiser (`networks.Teacher` says what it has to keep): an exact `GaussianMixture`, a trained
+            `Denoiser`, or your own callable.
         generator: the student to train, in place; None makes one: a copy of a trained teacher (so it starts
             from the teacher's weights), else a new MLP.
-        objective: a name of `OBJECTIVES`, or an object with `critic_loss(batch)` and `generator_loss(batch)`, and what
-            it needs besides (`Needs`).
+        objective: a name of `OBJECTIVES`, an f-divergence (`divergences.F["forward_kl"]`, or your own), which is
+        matched, or
+            an object with `generator_loss(batch)` and what it needs besides (`Objective`, `Needs`).
         data, labels: real samples (n, *shape), floating or bytes, and classes (n,), needed only by objectives that
             compare with real samples, and not even by those if the teacher can `sample(n, generator)`. A ratio is read
             off a trained teacher's features by a small head, else a network of its own learns it.
         shape: of one sample; only for a teacher without a `.shape`, when there are no data either.
+        sigma_data: the data's standard deviation; None for the teacher's, else the generator's, else that of data. If
+            nobody knows it, it is estimated from the teacher, with a warning that says so.
+        second_teacher: another denoiser, for objectives that compare with two.
+        fake: "learned", a network; "empirical", the closed-form denoiser of 2,048 fresh samples of the student: a
+            control in low dimension, without the error of a network that lags behind.
         critic_steps: updates of the fake network (and the ratio) for each update of the generator; None for the
             objective's own number (5 of `dmd2`, `sid` and `sida`), else 3.
         learning_rate, critic_learning_rate: of Adam, for the generator and for the critics; None for the objective's
@@ -108,78 +115,93 @@ def distill(
         ValueError, TypeError: an unknown objective, data that does not fit, a bad count or rate, an objective
             that needs data without any; all before training starts.
     """
-    rule = _validate.choose("objective", objective, OBJECTIVES) if isinstance(objective, str) else objective
-    for method in ("critic_loss", "generator_loss"):
-        if not callable(getattr(rule, method, None)):
-            given = type(rule).__name__
-            raise TypeError(f"objective is {given}; wanted a name or an object with .{method}(batch)")
+    rule = resolve(objective)
     if "callback_every" in fit_options:
         raise TypeError("callback_every: distill calls back every `evaluate_every` steps; wanted that name")
     if not callable(teacher):
         raise TypeError(f"teacher is {type(teacher).__name__}; wanted a denoiser D(x, sigma, label)")
+    if generator is not None and not isinstance(generator, torch.nn.Module):
+        given = repr(generator) if isinstance(generator, str) else type(generator).__name__
+        hint = f"; did you mean objective={generator!r}?" if isinstance(generator, str) else ""
+        raise TypeError(f"generator is {given}; wanted a student such as `Generator`, or None for a new one{hint}")
+    needs, n_classes = Needs.of(rule), int(getattr(teacher, "n_classes", 0))
     shape = shape_of(teacher, generator, data, shape)
-    check_data(data, labels, shape, int(getattr(teacher, "n_classes", 0)), flip)
-    sigma_data = sigma_data_of(teacher, generator, data)
-    sigma_min = 0.035 * sigma_data if sigma_min is None else sigma_min
-    sigma_max = 5.0 * sigma_data if sigma_max is None else sigma_max
+    check_data(data, labels, shape, n_classes, flip)
+    _validate.whole("steps", steps)
+    _validate.whole("evaluate_every", evaluate_every)
+    check_patience(patience, monitor, evaluate is not None or inspect is not None)
+    if needs.second_teacher and not callable(second_teacher):
+        raise TypeError(f"second_teacher is {type(second_teacher).__name__}; this objective compares with two: wanted "
+                        "another denoiser")
+    device = torch.device(device or device_of(teacher))
+    sigma_data = _sigma_data(sigma_data, teacher, generator, data, shape, n_classes, device)
     if sigma_init is None:
         sigma_init = (1.5 if has_weights(teacher) else 0.5) * sigma_data
-    _validate.whole("steps", steps)
-    needs = Needs.of(rule)
-    critic_steps = needs.critic_steps or 3 if critic_steps is None else critic_steps
-    learning_rate = needs.learning_rate or 2e-3 if learning_rate is None else learning_rate
-    warmup = min(needs.warmup or 0, steps // 3) if warmup is None else warmup
-    clip = needs.gradient_clip if clip is None else clip
-    for name, value in (
-        ("learning_rate", learning_rate), ("critic_learning_rate", critic_learning_rate), ("sigma_init", sigma_init),
-        ("sigma_min", sigma_min), ("sigma_max", sigma_max), ("ema_halflife", ema_halflife), ("hold", hold),
-        ("clip", 1.0 if clip is None else clip),
-    ):
-        _validate.positive(name, value)
-    if sigma_min >= sigma_max:
-        raise ValueError(f"sigma_min={sigma_min:g} is not below sigma_max={sigma_max:g}")
-    for name, count in (("batch_size", batch_size), ("critic_steps", critic_steps),
-                        ("evaluate_every", evaluate_every), ("accumulate", accumulate)):
-        _validate.whole(name, count)
-    _validate.whole("warmup", warmup, least=0)
-    parallel.parts(batch_size, accumulate)
-    _validate.choose("schedule", schedule, SCHEDULES)
-    check_patience(patience, monitor, evaluate is not None or inspect is not None)
-    student_levels = check_levels(student_levels, generator.sigma_init if generator is not None else sigma_init)
-    device = torch.device(device or device_of(teacher))
+    if generator is not None:  # it reads its input at a level of its own
+        sigma_init, student_levels = generator.sigma_init, student_levels or generator.levels
+    settings = Settings(
+        steps=steps, batch_size=batch_size, sigma_data=sigma_data, sigma_init=sigma_init,
+        critic_steps=needs.critic_steps or 3 if critic_steps is None else critic_steps,
+        learning_rate=needs.learning_rate or 2e-3 if learning_rate is None else learning_rate,
+        critic_learning_rate=critic_learning_rate,
+        sigma_min=0.035 * sigma_data if sigma_min is None else sigma_min,
+        sigma_max=5.0 * sigma_data if sigma_max is None else sigma_max,
+        student_levels=tuple(float(level) for level in student_levels), ema_halflife=ema_halflife,
+        warmup=min(needs.warmup or 0, steps // 3) if warmup is None else warmup,
+        clip=needs.gradient_clip if clip is None else clip, hold=hold, schedule=schedule, flip=flip, seed=seed,
+        fake=fake, accumulate=accumulate,
+    )
+    for name, each in (("teacher", teacher), ("second_teacher", second_teacher)):
+        if each is not None:
+            probe(each, shape, sigma=sigma_data, n_classes=n_classes, device=device_of(each), name=name)
     rng = training.generator_on(device, seed)
-    torch.manual_seed(seed)
-    run = prepare(
-        teacher, generator, needs=needs, shape=shape, sigma_data=sigma_data, sigma_init=sigma_init, data=data,
-        labels=labels, flip=flip, rng=rng,
-    )
-    if student_levels:
-        run.generator.levels = student_levels
-    if needs.pairs:
-        run.pairs = make_pairs(
-            run.teacher, needs.pairs, shape, sigma_data, run.generator.n_classes, seed=seed, device=device,
-            progress=fit_options.get("progress", True),
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # the caller's numbers stay
+        torch.manual_seed(seed)  # new networks' weights, and dropout
+        run = prepare(teacher, generator, needs, settings, shape=shape, data=data, labels=labels, rng=rng,
+                      second_teacher=second_teacher, progress=fit_options.get("progress", True))
+        network = getattr(run.generator.denoiser, "network", None)
+        name = objective if isinstance(objective, str) else type(rule).__name__
+        config = {
+            "run": "distillation", "objective": objective if isinstance(objective, str) else re.sub(r" at 0x\w+", "", repr(rule)),
+            "network": getattr(network, "config", type(network).__name__), **settings.config(),
+        }
+        return train(
+            run, rule, settings, config=config, speed=speed or Speed(), rng=rng, evaluate=evaluate, inspect=inspect,
+            callback_every=evaluate_every, patience=patience, monitor=monitor, **({"description": name} | fit_options),
         )
-    network = getattr(run.generator.denoiser, "network", None)
-    config = {
-        "run": "distillation", "objective": repr(rule) if not isinstance(objective, str) else objective,
-        "network": getattr(network, "config", type(network).__name__), "sigma_init": run.generator.sigma_init,
-        "steps": steps, "batch_size": batch_size, "critic_steps": critic_steps,
-        "rates": [learning_rate, critic_learning_rate], "sigma": [sigma_min, sigma_max],
-        "ema_halflife": ema_halflife, "clip": clip, "hold": hold, "flip": flip, "seed": seed,
-    }
-    if run.generator.levels:  # named only where they differ from what runs had before there were any
-        config["student_levels"] = list(run.generator.levels)
-    if schedule != "linear":
-        config["schedule"] = schedule
-    if warmup:
-        config["warmup"] = warmup
-    description = objective if isinstance(objective, str) else type(rule).__name__
-    return train(
-        run, rule, steps=steps, batch_size=batch_size, critic_steps=critic_steps, learning_rate=learning_rate,
-        critic_learning_rate=critic_learning_rate, sigma_min=sigma_min, sigma_max=sigma_max, hold=hold,
-        schedule=schedule, warmup=warmup, clip=clip, ema_halflife=ema_halflife, accumulate=accumulate,
-        speed=speed or Speed(), rng=rng, config=config, evaluate=evaluate, inspect=inspect,
-        callback_every=evaluate_every, patience=patience, monitor=monitor,
-        **({"description": description} | fit_options),
-    )
+
+
+def resolve(objective: Any) -> Objective:
+    """The objective of that name, the matching of that f-divergence, or the object itself once it is known to be one.
+
+    Raises ValueError for a name that is not known, TypeError for anything else that is no objective.
+    """
+    if isinstance(objective, str):
+        return _validate.choose("objective", objective, OBJECTIVES)
+    if isinstance(objective, FDivergence):
+        return DistributionMatching(objective)
+    if isinstance(objective, type) or not callable(getattr(objective, "generator_loss", None)):
+        given = objective.__name__ if isinstance(objective, type) else type(objective).__name__
+        raise TypeError(f"objective is {given}; wanted a name or an object with .generator_loss(batch)"
+                        + (": an instance, not the class" if isinstance(objective, type) else ""))
+    return objective
+
+
+def _sigma_data(
+    given: float | None, teacher: Any, generator: Any, data: Tensor | None, shape: tuple[int, ...], n_classes: int,
+    device: torch.device,
+) -> float:
+    """The data's standard deviation, from whoever knows it."""
+    if given is not None:
+        _validate.positive("sigma_data", given)
+        return float(given)
+    if hasattr(teacher, "sigma_data"):
+        return float(teacher.sigma_data)
+    if generator is not None:
+        return float(generator.denoiser.sigma_data)
+    if data is not None:
+        return float(to_float(data).std())
+    found = estimate_sigma_data(teacher, shape, n_classes=n_classes, device=device)
+    warnings.warn(f"sigma_data: this teacher does not tell its data's standard deviation; estimated from it as "
+                  f"{found:.4g}. Give sigma_data= to choose it yourself", stacklevel=3)
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,21 +12,27 @@ from torch import Tensor, nn
 from minidistill import _validate, training
 from minidistill.networks import Generator
 
-__all__ = ["AT_ONCE", "Distilled", "Entrance", "check_levels", "draw", "entrance"]
+__all__ = ["AT_ONCE", "Distilled", "Entrance", "draw", "entrance"]
 
 AT_ONCE = 4096  # samples in one call, which bounds what the network's layers hold
 
 
-@dataclass
+@dataclass(repr=False)
 class Distilled:
-    """A few-step student: `generator` as last trained, `ema` its average (usually the better one)."""
+    """A few-step student: `generator` as last trained, `ema` its average (usually the better one). `fake` and `ratio`
+    are None where the objective has none."""
 
     generator: Generator
     ema: Generator
     history: list[dict[str, float]]
     teacher: Callable[..., Tensor]
-    fake: nn.Module
+    fake: Any
     ratio: nn.Module | None
+
+    def __repr__(self) -> str:
+        calls, done = 1 + len(self.ema.levels), self.history[-1]["step"] if self.history else 0
+        return (f"Distilled({calls} call{'s' if calls > 1 else ''}, shape={self.ema.shape}, {done:,.0f} steps, "
+                f"{sum(p.numel() for p in self.ema.parameters()):,} parameters)")
 
     @torch.no_grad()
     def sample(self, n: int, *, label: Tensor | None = None, seed: int = 0, steps: int | None = None) -> Tensor:
@@ -78,13 +85,3 @@ def entrance(generator: Generator, z: Tensor, label: Tensor | None, noises: Sequ
     for noise, sigma in zip(noises, generator.levels if noises else (), strict=False):
         entry = Entrance(entry.into(generator, label) + sigma * noise, sigma)
     return entry
-
-
-def check_levels(levels: Sequence[float], sigma_init: float) -> tuple[float, ...]:
-    """Raise ValueError unless the levels descend, from below sigma_init to above 0."""
-    levels = tuple(float(level) for level in levels)
-    for level in levels:
-        _validate.positive("student_levels", level)
-    if any(a <= b for a, b in zip((sigma_init, *levels), levels, strict=False)):
-        raise ValueError(f"student_levels={levels}: wanted levels that descend from below sigma_init={sigma_init:g}")
-    return levels

@@ -1,11 +1,13 @@
 """Networks, and the thin wrappers that give them a noise level.
 
+    contract.py         what a teacher is, probed once
     mlp.py              a residual MLP, F(x, c_noise, label)
     unet.py             a U-Net for images, in three sizes
     denoisers.py        EDM's preconditioning; `Denoiser`, `Generator`, `Correction`, `Affine`
     discriminators.py   log p_sigma / q_sigma: a network of its own, or a head on a denoiser's features
 """
 
+from minidistill.networks.contract import Teacher, estimate_sigma_data, probe
 from minidistill.networks.denoisers import Affine, Correction, Denoiser, Generator, Preconditioned, check_input
 from minidistill.networks.discriminators import Discriminator, FeatureDiscriminator
 from minidistill.networks.mlp import MLP, NoiseEmbedding
@@ -13,5 +15,5 @@ from minidistill.networks.unet import PRESETS, UNet, preset
 
 __all__ = [
     "MLP", "PRESETS", "Affine", "Correction", "Denoiser", "Discriminator", "FeatureDiscriminator", "Generator",
-    "NoiseEmbedding", "Preconditioned", "UNet", "check_input", "preset",
+    "NoiseEmbedding", "Preconditioned", "Teacher", "UNet", "check_input", "estimate_sigma_data", "preset", "probe",
 ]

@@ -51,6 +51,11 @@ class Denoiser(Preconditioned):
         super().__init__(network, sigma_data)
         self.autocast: torch.dtype | None = None
 
+    def __repr__(self) -> str:
+        classes = f", {self.n_classes} classes" if self.n_classes else ""
+        return (f"Denoiser({type(self.network).__name__}, shape={self.shape}{classes}, "
+                f"sigma_data={self.sigma_data:.4g}, {sum(p.numel() for p in self.parameters()):,} parameters)")
+
     def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         """E[x0 | x] estimated: x (n, *shape), sigma a float or (n,) > 0, label (n,) if class-conditional."""
         check_input(self, x, label)

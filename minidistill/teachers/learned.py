@@ -86,8 +86,9 @@ def train_denoiser(
         raise ValueError(f"flip=True: wanted images (n, c, h, w), but data has shape {tuple(data.shape)}")
     rng = training.generator_on(device, seed)
     torch.manual_seed(seed)  # initial weights and dropout
-    if network is None:
-        network = MLP(tuple(data.shape[1:]), hidden=256, depth=3, n_classes=n_classes)
+    if network is None:  # one that sees the same numbers whatever the data's unit
+        centre = math.log(2 * _standard_deviation(data)) / 4
+        network = MLP(tuple(data.shape[1:]), hidden=256, depth=3, n_classes=n_classes, centre=centre)
     _validate.fits(network, tuple(data.shape[1:]), n_classes)
     if data.is_floating_point():
         data = data.to(torch.get_default_dtype())  # the networks' own

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minidistill import data, plotting, ring
-from minidistill.distillation import OBJECTIVES, diagnose, distill
+from minidistill.distillation import OBJECTIVES, Needs, diagnose, distill
 from minidistill.distillation.objectives.matching import level_mean
 from minidistill.networks import MLP, Denoiser, FeatureDiscriminator, Generator, unet
 from minidistill.networks.unet import UNet
@@ -31,7 +31,7 @@ def test_every_objective_runs_on_images_in_bfloat16_without_nans(name, digits_te
     teacher, images, labels = digits_teacher
     out = distill(teacher, objective=name, data=images, labels=labels, learning_rate=1e-4, critic_learning_rate=1e-4,
                   speed=Speed("bfloat16"), **QUICK)
-    assert isinstance(out.ratio, FeatureDiscriminator) == OBJECTIVES[name].needs_ratio
+    assert isinstance(out.ratio, FeatureDiscriminator) == Needs.of(OBJECTIVES[name]).ratio
     assert torch.isfinite(out.sample(12)).all()
     assert "skipped" not in out.history[-1]
 

@@ -3,21 +3,25 @@
     matching.py      f-distill, Diff-Instruct: h(r) (s_p - s_q)
     dmd.py           DMD (regression on pairs), DMD2 (adversarial)
     implicit.py      SIM, SiD, SiDA: distances between scores
+    regression.py    the teacher's own map, pair by pair
+    samples.py       drifting: samples moved towards real ones and apart, no network but the student
     mixture.py       score of mixture: all skews at once
     uni_instruct.py  the divergence of the clean laws, expanded
 """
 
 from minidistill import divergences
-from minidistill.distillation.loop import Objective
+from minidistill.distillation.objective import Objective
 from minidistill.distillation.objectives.dmd import DMD, DMD2
 from minidistill.distillation.objectives.implicit import AdversarialScoreIdentity, ScoreIdentity, ScoreImplicitMatching
 from minidistill.distillation.objectives.matching import DistributionMatching, fake_loss, ratio_loss
 from minidistill.distillation.objectives.mixture import ScoreOfMixture
+from minidistill.distillation.objectives.regression import Regression
+from minidistill.distillation.objectives.samples import Drifting
 from minidistill.distillation.objectives.uni_instruct import UniInstruct
 
 __all__ = [
-    "DMD", "DMD2", "OBJECTIVES", "AdversarialScoreIdentity", "DistributionMatching", "ScoreIdentity",
-    "ScoreImplicitMatching", "ScoreOfMixture", "UniInstruct", "fake_loss", "ratio_loss",
+    "DMD", "DMD2", "OBJECTIVES", "AdversarialScoreIdentity", "DistributionMatching", "Drifting", "Regression",
+    "ScoreIdentity", "ScoreImplicitMatching", "ScoreOfMixture", "UniInstruct", "fake_loss", "ratio_loss",
 ]
 #: Every objective by name: distribution matching with each f-divergence, reverse KL in its other clothes, the line of
 #: skew Jensen-Shannon divergences, and the score-implicit family.
@@ -36,5 +40,7 @@ OBJECTIVES: dict[str, Objective] = {
     "sid": ScoreIdentity(alpha=1.2),
     "sida": AdversarialScoreIdentity(),
     "fisher": ScoreIdentity(alpha=0.5),
+    "regression": Regression(),
+    "drifting": Drifting(),
     "uni_instruct": UniInstruct(divergences.F["jensen_shannon"]),
 }

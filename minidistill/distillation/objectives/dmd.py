@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from minidistill.distillation.batch import Batch, Terms, per_sample
+from minidistill.distillation.batch import Batch, per_sample
+from minidistill.distillation.objective import Terms
 from minidistill.distillation.objectives.matching import DistributionMatching, fake_loss, ratio_loss
+from minidistill.distillation.objectives.regression import regression_loss
 from minidistill.divergences import F
 
 __all__ = ["DMD", "DMD2", "adversarial"]
@@ -19,7 +21,7 @@ class DMD(Terms):
     """Distribution matching plus regression of G(z) on what the teacher's deterministic sampler made of the same z
     (Yin 2024): the pairs tie every mode to a piece of the noise, so that none is dropped.
 
-    weight: of |G(z) - y|^2 / sigma_data, which pulls with a gradient free of units, as the normalised matching term.
+    weight: of |G(z) - y|^2 / sigma_data^2, free of units as the matching term.
         The paper's 0.25 belongs to a perceptual distance (LPIPS); here it is squared L2, where 2 to 5 did best on a
         ring of Gaussians with the exact teacher.
     needs_pairs: how many (z, y) are made before training.
@@ -40,8 +42,7 @@ class DMD(Terms):
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         terms = self.matching.terms(batch)
         if batch.pair_x0 is not None and batch.pair_y is not None:
-            apart = per_sample((batch.pair_x0 - batch.pair_y).square())
-            terms["regression"] = self.weight / batch.sigma_data * apart
+            terms["regression"] = self.weight * regression_loss(batch)
         return terms
 
 
@@ -73,11 +74,12 @@ class DMD2(Terms):
 
 
 def adversarial(logit: Tensor, batch: Batch, scale: Tensor) -> Tensor:
-    """sigma^2 scale softplus(-logit), (n,), for a logit about log r at x_t: (n,), or (n, h, w) and then its places'
-    mean.
+    """(sigma / sigma_data)^2 scale softplus(-logit), (n,), for a logit about log r at x_t: (n,), or (n, h, w) and then
+    its places' mean.
 
     At the exact ratio softplus(-logit) = log(1 + 1/r) pulls along (s_p - s_q) / (1 + r), the gradient of the softened
-    reverse KL; sigma^2 and DMD's scale make that commensurable with the score term at every noise level. Derived here.
+    reverse KL; the factors make that commensurable with the score term at every noise level. Derived here.
     """
     loss = softplus(-logit)
-    return scale.flatten() * batch.sigma.square() * (loss if loss.ndim == 1 else loss.flatten(1).mean(1))
+    loss = loss if loss.ndim == 1 else loss.flatten(1).mean(1)
+    return scale.flatten() * (batch.sigma / batch.sigma_data).square() * loss

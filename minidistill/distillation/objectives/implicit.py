@@ -1,9 +1,10 @@
 """Score implicit matching: minimise a distance between the scores themselves.
 
 SIM (Luo 2024), SiD (Zhou 2024) and SiDA (Zhou 2025) are one family; the distance and alpha are its parameters. Scores
-are compared as denoisers, y = D_q - D_p = sigma^2 (s_q - s_p), which puts all noise levels on one scale:
+are compared as denoisers in standard deviations of the data, y = (D_q - D_p) / sigma_data, which puts all noise levels
+on one scale:
 
-    loss = 2 (1 - alpha) d(y) - d'(y) . (D_q(x_t) - x0),    differentiated through x_t and x0.
+    loss = 2 (1 - alpha) d(y) - d'(y) . (D_q(x_t) - x0) / sigma_data,    differentiated through x_t and x0.
 
 The second part moves y with the sampling law frozen (SIM's score-gradient theorem), the first moves the law with y
 frozen. So alpha = 1 is SIM and alpha = 1/2 has the exact gradient of E_q d(y), for every distance (known for squared
@@ -18,7 +19,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from minidistill.distillation.batch import Batch, Terms, dmd_scale, no_weights, per_sample
+from minidistill.distillation.batch import Batch, dmd_scale, no_weights, per_sample
+from minidistill.distillation.objective import Terms
 from minidistill.distillation.objectives.dmd import adversarial
 from minidistill.distillation.objectives.matching import fake_loss
 from minidistill.divergences import ScoreDistance
@@ -34,9 +36,9 @@ HALF_SQUARED_L2 = ScoreDistance("half_squared_l2", lambda y: per_sample(y.square
 def implicit_loss(batch: Batch, distance: ScoreDistance, alpha: float, normalise: bool) -> tuple[Tensor, Tensor]:
     """The family's loss, (n,), and the scale that it was multiplied by, (n, 1, ..., 1): DMD's, or 1."""
     teacher_x0, fake_x0 = batch.denoise_both(batch.xt)
-    y = fake_x0 - teacher_x0
-    scale = dmd_scale(batch.x0, teacher_x0) if normalise else no_weights(y)
-    loss = -per_sample(distance.gradient(y) * (fake_x0 - batch.x0))
+    y = (fake_x0 - teacher_x0) / batch.sigma_data
+    scale = dmd_scale(batch.x0, teacher_x0, batch.sigma_data) if normalise else no_weights(y)
+    loss = -per_sample(distance.gradient(y) * (fake_x0 - batch.x0) / batch.sigma_data)
     if alpha != 1:
         loss = loss + 2 * (1 - alpha) * distance.value(y)
     return scale.flatten() * loss, scale

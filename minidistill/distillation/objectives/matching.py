@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from minidistill.distillation.batch import Batch, Terms, dmd_scale, no_weights, per_sample
+from minidistill.distillation.batch import Batch, dmd_scale, no_weights, per_sample
+from minidistill.distillation.objective import Terms
 from minidistill.divergences import FDivergence
 from minidistill.score_matching import denoising_loss, edm_weight
 
@@ -46,7 +47,7 @@ class DistributionMatching(Terms):
         ratio; 0 for no division.
     unit_mean: divide h by its batch mean. Means are over what is computed at once, so over a piece where a batch is
         accumulated in pieces.
-    normalise: False switches all four off; the loss's gradient is then that of sigma^2 D_f exactly.
+    normalise: False switches all four off; the loss's gradient is then that of (sigma / sigma_data)^2 D_f exactly.
     """
 
     divergence: FDivergence
@@ -71,13 +72,13 @@ class DistributionMatching(Terms):
 
     @torch.no_grad()
     def pull(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Where the samples are moved, sigma^2 h (s_p - s_q) times DMD's scale, (n, *shape); and that scale,
+        """Where the samples are moved, h (D_p - D_q) / sigma_data^2 times DMD's scale, (n, *shape); and that scale,
         (n, 1, ..., 1)."""
         xt = batch.xt
         teacher_x0, fake_x0 = batch.denoise_both(xt)
-        scale = dmd_scale(batch.x0, teacher_x0) if self.normalise and self.scale else no_weights(xt)
+        scale = dmd_scale(batch.x0, teacher_x0, batch.sigma_data) if self.normalise and self.scale else no_weights(xt)
         h = self._weight(batch, xt).reshape(scale.shape) if self.needs_ratio else self._constant()
-        return scale * h * (teacher_x0 - fake_x0), scale
+        return scale * h * (teacher_x0 - fake_x0) / batch.sigma_data**2, scale
 
     def _constant(self) -> float:
         """h where it does not depend on r: 1 for reverse KL, and once divided by its mean."""

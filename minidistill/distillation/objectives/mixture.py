@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from minidistill import _validate
-from minidistill.distillation.batch import Batch, Terms, dmd_scale, no_weights, per_sample
+from minidistill.distillation.batch import Batch, dmd_scale, no_weights, per_sample
+from minidistill.distillation.objective import Terms
 from minidistill.score_matching import edm_weight
 
 __all__ = ["LEAST", "ScoreOfMixture"]
@@ -28,7 +29,7 @@ class ScoreOfMixture(Terms):
     is h = r / (alpha r + 1 - alpha) = rho / alpha: forward KL as alpha -> 0, reverse KL as alpha -> 1.
 
     alpha: a number between 0 and 1, or None to draw one for every sample, evenly.
-    normalise: DMD's per-sample scale; off, the gradient is that of sigma^2 times the divergence exactly.
+    normalise: DMD's per-sample scale; off, the gradient is that of (sigma / sigma_data)^2 times the divergence exactly.
     clip: bound on |log r| in the generator's weight.
 
     The paper learns its networks by mixture denoising alone; here the fake network keeps its own loss (alpha = 0),
@@ -70,11 +71,11 @@ class ScoreOfMixture(Terms):
         with torch.no_grad():
             xt, alpha = batch.xt, self._alpha(batch)
             teacher_x0, fake_x0 = batch.denoise_both(xt)
-            scale = dmd_scale(batch.x0, teacher_x0) if self.normalise else no_weights(xt)
+            scale = dmd_scale(batch.x0, teacher_x0, batch.sigma_data) if self.normalise else no_weights(xt)
             log_r = batch.ratio(xt, batch.sigma, batch.label)
             log_r = log_r.clamp(-self.clip, self.clip) if self.normalise else log_r
             h = (logsigmoid(log_r + alpha.logit()) - alpha.log()).exp()  # rho / alpha
-            direction = scale * h.reshape(scale.shape) * (teacher_x0 - fake_x0)
+            direction = scale * h.reshape(scale.shape) * (teacher_x0 - fake_x0) / batch.sigma_data**2
         return {"mixture": -per_sample(direction * batch.x0)}
 
     def _alpha(self, batch: Batch) -> Tensor:

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minidistill.distillation.batch import Batch, Terms, dmd_scale, no_weights, per_sample
+from minidistill.distillation.batch import Batch, dmd_scale, no_weights, per_sample
+from minidistill.distillation.objective import Terms
 from minidistill.distillation.objectives.matching import fake_loss, ratio_loss, steady_log_ratio
 from minidistill.divergences import FDivergence
 
@@ -50,12 +51,12 @@ class UniInstruct(Terms):
         assert batch.ratio is not None
         xt = batch.xt
         teacher_x0, fake_x0 = batch.denoise_both(xt)
-        y = teacher_x0 - fake_x0  # sigma^2 u
+        y = (teacher_x0 - fake_x0) / batch.sigma_data  # sigma^2 u
         log_r = batch.ratio(xt, batch.sigma, batch.label)
         scale = no_weights(y).flatten()
         if self.normalise:
             log_r = steady_log_ratio(log_r, batch.sigma, self.clip, self.levels)
-            scale = dmd_scale(batch.x0, teacher_x0).flatten()
+            scale = dmd_scale(batch.x0, teacher_x0, batch.sigma_data).flatten()
         log_h = self.divergence.log_weight(log_r)
         # r h' / h, the slope of log h in log r
         slope = torch.func.grad(lambda l: self.divergence.log_weight(l).sum())(log_r)
@@ -64,5 +65,5 @@ class UniInstruct(Terms):
             scale = scale / h.detach().mean()
         return {
             "law": scale * h * (1 - slope) * per_sample(y.square()),
-            "score": 2 * scale * h * per_sample(y * (fake_x0 - batch.x0)),
+            "score": 2 * scale * h * per_sample(y * (fake_x0 - batch.x0) / batch.sigma_data),
         }

@@ -1,0 +1,64 @@
+"""Samples alone: the student's samples drift towards real ones and away from each other, and the student follows.
+
+No network but the student is trained. With a Gaussian kernel the field is a difference of two denoisers in closed form,
+
+    V(x) = E_p[y k(x, y)] / E_p[k(x, y)] - E_q[y k(x, y)] / E_q[k(x, y)] = D_p(x, sigma) - D_q(x, sigma),
+
+those of the empirical laws of real and of other student samples at noise level sigma, the kernel's width: distribution
+matching without a fake network, at points without noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minidistill.distillation.batch import Batch, per_sample
+from minidistill.distillation.objective import Terms
+
+__all__ = ["Drifting", "drift", "mean_near", "squared_distances"]
+
+
+@torch.no_grad()
+def drift(x: Tensor, real: Tensor, widths: tuple[float, ...]) -> Tensor:
+    """Where samples x (n, d) move, given real ones (m, d): the sum over kernel widths of V, each brought to a root mean
+    square of 1 so that no width drowns the others (Deng 2026), (n, d). A sample leaves itself out of D_q."""
+    to_real, to_fake = squared_distances(x, real), squared_distances(x, x).fill_diagonal_(torch.inf)
+    total = torch.zeros_like(x)
+    for width in widths:
+        field = mean_near(to_real, real, width) - mean_near(to_fake, x, width)
+        total += field / field.square().mean().sqrt().clamp(min=torch.finfo(x.dtype).tiny)
+    return total
+
+
+def mean_near(squared: Tensor, points: Tensor, width: float) -> Tensor:
+    """The mean of points (m, d) weighted by a Gaussian kernel, of squared distances (n, m) to them, (n, d): the
+    denoiser of their empirical law at noise level `width`."""
+    return (squared / (-2 * width**2)).softmax(1) @ points
+
+
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """|x_i - y_j|^2, (n, m), from the differences themselves: far from the origin no digits are lost."""
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square_()
+
+
+@dataclass(frozen=True)
+class Drifting(Terms):
+    """|x - sg(x + step V(x))|^2 (Deng 2026, arXiv 2602.04770), with a Gaussian kernel.
+
+    widths: of the kernel, in standard deviations of the data: narrow ones shape a mode, wide ones move mass between
+        modes.
+    step: how far a sample is moved, in standard deviations of the data, where the field has its mean size.
+    """
+
+    widths: tuple[float, ...] = (0.07, 0.2, 0.7)
+    step: float = 1.0
+    needs_real = True
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        assert batch.real is not None
+        x, real = (values.flatten(1) / batch.sigma_data for values in (batch.x0, batch.real))
+        wanted = (x + self.step * drift(x, real, self.widths)).detach()
+        return {"drifting": per_sample((x - wanted).square())}
