@@ -87,7 +87,6 @@ def train(
     device, generator, needs = rng.device, run.generator, Needs.of(objective)
     critic = nn.ModuleDict({"fake": run.fake} | ({"ratio": run.ratio} if run.ratio else {}))
     ema = copy.deepcopy(generator).eval().requires_grad_(False)
-    averages: list[Tensor] = list(ema.parameters())
     weights: list[Tensor] = list(generator.parameters())
     speed.apply(generator, ema)
     for module in (run.fake, run.teacher):
@@ -165,7 +164,7 @@ def train(
         for _ in range(critic_steps):  # the same samples at fresh noise levels: cheaper than fresh samples
             critic_loss, critic_skipped = critic_step(x0, label)
         generator_loss, skipped = generator_step(entries, x0, label)
-        training.update_ema(averages, weights, ema_halflife, batch_size, state.step)
+        training.update_ema(ema, generator, ema_halflife, batch_size, state.step)
         latest.update(critic=critic_loss, generator=generator_loss)
         return latest | {"skipped": torch.maximum(skipped, critic_skipped)}
 

@@ -112,8 +112,6 @@ def distil_energy(
     sigma_data = float(to_float(data[:10_000]).std())
     student = EnergyDenoiser(network.to(device).train(), sigma_data)
     ema = copy.deepcopy(student).eval().requires_grad_(False)
-    averages: list[Tensor] = list(ema.parameters())
-    weights: list[Tensor] = list(student.parameters())
     optimizer = torch.optim.Adam(student.parameters(), learning_rate, betas=(0.9, 0.99))
 
     def update(state: training.State) -> dict[str, Tensor]:
@@ -127,7 +125,7 @@ def distil_energy(
         training.set_learning_rate(optimizer, learning_rate * training.schedule(state.step, steps, 100))
         loss = per_sample((student(x, sigma, label) - target).square(), edm_weight(sigma, sigma_data)).mean()
         skipped = training.optimizer_step(loss, optimizer, clip)
-        training.update_ema(averages, weights, ema_halflife, batch_size, state.step)
+        training.update_ema(ema, student, ema_halflife, batch_size, state.step)
         return {"loss": loss.detach(), "skipped": skipped}
 
     config = {

@@ -96,8 +96,6 @@ def train_denoiser(
     denoiser = Denoiser(network.to(device).train(), sigma_data)
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
     (speed or Speed()).apply(denoiser, ema)
-    averages: list[Tensor] = list(ema.parameters())
-    weights: list[Tensor] = list(denoiser.parameters())
     optimizer = torch.optim.Adam(denoiser.parameters(), learning_rate, betas=(0.9, 0.99), fused=True)
     shift = sigma_mean + math.log(sigma_data / 0.5)
     model = parallel.wrap(denoiser)
@@ -122,7 +120,7 @@ def train_denoiser(
                 training.backward(piece, optimizer)
             loss += piece.detach()
         skipped = training.descend(optimizer, clip)
-        training.update_ema(averages, weights, ema_halflife, batch_size, state.step)
+        training.update_ema(ema, denoiser, ema_halflife, batch_size, state.step)
         return {"loss": loss, "skipped": skipped}
 
     config = {
