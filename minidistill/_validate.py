@@ -65,16 +65,24 @@ def samples(name: str, x: Tensor, shape: tuple[int, ...] | None = None, *, least
     finite(name, x)
 
 
-def labels(name: str, label: Tensor, n: int, n_classes: int | None = None) -> None:
-    """Raise unless `label` is a tensor (n,) of whole numbers, below `n_classes` where that is known."""
+def labels(name: str, label: Tensor, n: int, n_classes: int | None = None, *, wait: bool = True) -> Tensor:
+    """The labels as int64; raise unless they are a tensor (n,) of whole numbers of any type, 0 or more, below
+    `n_classes` where that is known. A mask (bool) is refused: as an index it means something else.
+
+    wait: look at the values on an accelerator too, for which its work has to be waited for; False inside loops.
+    """
     if not isinstance(label, Tensor):
         raise TypeError(f"{name} is {type(label).__name__}; wanted an integer tensor of shape ({n},)")
-    if label.is_floating_point() or label.shape != (n,):
+    if label.is_floating_point() or label.is_complex() or label.dtype == torch.bool or label.shape != (n,):
         what = f"{label.dtype} of shape {tuple(label.shape)}"
         raise ValueError(f"{name} is {what}; wanted an integer tensor of shape ({n},)")
-    if n and (int(label.min()) < 0 or (n_classes is not None and int(label.max()) >= n_classes)):
-        wanted = "0 or more" if n_classes is None else f"0 to {n_classes - 1}"
-        raise ValueError(f"{name} runs from {int(label.min())} to {int(label.max())}; wanted {wanted}")
+    label = label.to(torch.int64)
+    if n and (wait or label.device.type == "cpu"):
+        low, high = (int(end) for end in label.aminmax())
+        if low < 0 or (n_classes is not None and high >= n_classes):
+            wanted = "0 or more" if n_classes is None else f"0 to {n_classes - 1}"
+            raise ValueError(f"{name} runs from {low} to {high}; wanted {wanted}")
+    return label
 
 
 def fits(network: object, shape: tuple[int, ...], n_classes: int) -> None:

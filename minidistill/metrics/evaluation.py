@@ -115,8 +115,7 @@ def _asked(model: Model, n: int, label: Tensor | None) -> Tensor | None:
         return torch.arange(n) % n_classes if n_classes else None
     if not n_classes:
         raise ValueError("label: this model has no classes; wanted None")
-    _validate.labels("label", label, n, n_classes)
-    return label.cpu()
+    return _validate.labels("label", label, n, n_classes).cpu()
 
 
 def _shape(model: Model) -> tuple[int, ...]:

@@ -40,7 +40,7 @@ class EnergyDenoiser(Preconditioned):
     def energy(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         """E(x, sigma) in nats, (n,): -log p_sigma(x) up to a number that may depend on sigma, not on x. ValueError: x,
         sigma or label that do not fit, a network whose output is neither of the two."""
-        check_input(self, x, label)
+        label = check_input(self, x, label)
         s = _validate.broadcast_sigma(sigma, x, positive=True)
         variance = s.square() + self.sigma_data**2
         u = torch.rsqrt(variance) * x
@@ -92,7 +92,7 @@ def distil_energy(
     if not (isinstance(data, Tensor) and data.dtype == torch.uint8):
         _validate.samples("data", data, least=2)
     if labels is not None:
-        _validate.labels("labels", labels, len(data))
+        labels = _validate.labels("labels", labels, len(data))
     for name, number in (("steps", steps), ("batch_size", batch_size)):
         _validate.whole(name, number)
     for name, value in (("learning_rate", learning_rate), ("sigma_min", sigma_min), ("sigma_max", sigma_max),

@@ -70,7 +70,7 @@ def train_denoiser(
         _validate.samples("data", data, least=2)
     n_classes = 0
     if labels is not None:
-        _validate.labels("labels", labels, len(data))
+        labels = _validate.labels("labels", labels, len(data))
         n_classes = int(labels.max()) + 1
     if not 0 <= drop_label < 1 or (drop_label and labels is None):
         raise ValueError(f"drop_label={drop_label!r}: wanted a share from 0 to below 1, and above 0 only with labels")
