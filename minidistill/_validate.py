@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "T", "broadcast_sigma", "choose", "closest", "finite", "fits", "labels", "positive", "samples", "whole",
+    "T", "broadcast_sigma", "choose", "closest", "finite", "fits", "labels", "positive", "samples", "seed", "whole",
 ]
 
 T = TypeVar("T")
@@ -43,6 +43,13 @@ def whole(name: str, value: int, *, least: int = 1) -> None:
     """Raise ValueError unless `value` is a whole number >= `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r}: wanted a whole number >= {least}")
+
+
+def seed(name: str, value: int) -> None:
+    """Raise ValueError unless torch's generators take the number."""
+    whole(name, value, least=0)
+    if value >= 2**64:
+        raise ValueError(f"{name}={value}: wanted a whole number from 0 to 2^64 - 1")
 
 
 def finite(name: str, x: Tensor) -> None:

@@ -119,6 +119,6 @@ def update_ema(ema: nn.Module, model: nn.Module, halflife: float, batch_size: in
 
 def generator_on(device: torch.device | str, seed: int) -> torch.Generator:
     """A random generator on the device, seeded."""
-    _validate.whole("seed", seed, least=0)
+    _validate.seed("seed", seed)
     return torch.Generator(device).manual_seed(seed)
 
