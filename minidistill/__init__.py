@@ -1,7 +1,7 @@
 """minidistill: one-step diffusion distillation, small enough to read in an afternoon.
 
     distributions     exact targets: Gaussian mixtures, whose score at every noise level is known
-    data              digits, CIFAR-10, your own images
+    data/             digits, CIFAR-10, your own images
     transport/        distances between samples: Wasserstein, Sinkhorn, MMD, energy, Stein
     networks/         MLP, U-Net, EDM's preconditioning; denoisers, generators, discriminators
     processes/        DDPM, VP, VE, flow, interpolants, ...: one process in many clothes

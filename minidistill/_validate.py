@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "T", "broadcast_sigma", "choose", "closest", "finite", "fits", "labels", "positive", "samples", "whole",
+    "T", "broadcast_sigma", "choose", "closest", "finite", "fits", "labels", "positive", "samples", "seed", "whole",
 ]
 
 T = TypeVar("T")
@@ -45,6 +45,13 @@ def whole(name: str, value: int, *, least: int = 1) -> None:
         raise ValueError(f"{name}={value!r}: wanted a whole number >= {least}")
 
 
+def seed(name: str, value: int) -> None:
+    """Raise ValueError unless torch's generators take the number."""
+    whole(name, value, least=0)
+    if value >= 2**64:
+        raise ValueError(f"{name}={value}: wanted a whole number from 0 to 2^64 - 1")
+
+
 def finite(name: str, x: Tensor) -> None:
     """Raise ValueError if the tensor holds a NaN or an infinity, and say where."""
     if not torch.isfinite(x).all():
@@ -65,16 +72,24 @@ def samples(name: str, x: Tensor, shape: tuple[int, ...] | None = None, *, least
     finite(name, x)
 
 
-def labels(name: str, label: Tensor, n: int, n_classes: int | None = None) -> None:
-    """Raise unless `label` is a tensor (n,) of whole numbers, below `n_classes` where that is known."""
+def labels(name: str, label: Tensor, n: int, n_classes: int | None = None, *, wait: bool = True) -> Tensor:
+    """The labels as int64; raise unless they are a tensor (n,) of whole numbers of any type, 0 or more, below
+    `n_classes` where that is known. A mask (bool) is refused: as an index it means something else.
+
+    wait: look at the values on an accelerator too, for which its work has to be waited for; False inside loops.
+    """
     if not isinstance(label, Tensor):
         raise TypeError(f"{name} is {type(label).__name__}; wanted an integer tensor of shape ({n},)")
-    if label.is_floating_point() or label.shape != (n,):
+    if label.is_floating_point() or label.is_complex() or label.dtype == torch.bool or label.shape != (n,):
         what = f"{label.dtype} of shape {tuple(label.shape)}"
         raise ValueError(f"{name} is {what}; wanted an integer tensor of shape ({n},)")
-    if n and (int(label.min()) < 0 or (n_classes is not None and int(label.max()) >= n_classes)):
-        wanted = "0 or more" if n_classes is None else f"0 to {n_classes - 1}"
-        raise ValueError(f"{name} runs from {int(label.min())} to {int(label.max())}; wanted {wanted}")
+    label = label.to(torch.int64)
+    if n and (wait or label.device.type == "cpu"):
+        low, high = (int(end) for end in label.aminmax())
+        if low < 0 or (n_classes is not None and high >= n_classes):
+            wanted = "0 or more" if n_classes is None else f"0 to {n_classes - 1}"
+            raise ValueError(f"{name} runs from {low} to {high}; wanted {wanted}")
+    return label
 
 
 def fits(network: object, shape: tuple[int, ...], n_classes: int) -> None:

@@ -160,7 +160,7 @@ class GaussianMixture:
         # Each component shrinks towards its mean: mu + Sigma (Sigma + sigma^2)^-1 (x - mu).
         posterior_means = self.means + self._turn(offset * (self._variances / noisy))  # (n, k, d)
         if label is not None:
-            _validate.labels("label", label, len(x), self.n_components)
+            label = _validate.labels("label", label, len(x), self.n_components)
             log_joint = torch.nn.functional.one_hot(label, self.n_components).to(log_joint).log()  # 0 or -infinity
         return self._mix(log_joint, posterior_means)
 

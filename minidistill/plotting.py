@@ -66,7 +66,8 @@ def scatter(
     _validate.samples("samples", samples, (2,))
     ax = _axes(ax)
     x = samples.detach().cpu()[:n]
-    limit = limit or (_limit(target) if target is not None else 1.1 * float(x.abs().max()))
+    if limit is None:
+        limit = _limit(target) if target is not None else 1.1 * float(x.abs().max())
     ax.scatter(x[:, 0], x[:, 1], s=3, alpha=0.35, color=color, linewidths=0, rasterized=True)
     if target is not None:
         density(target, ax, limit=limit)

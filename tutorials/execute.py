@@ -4,8 +4,8 @@ The environment is fixed (cpu scale, one thread), and what changes from run to r
 widget state, timestamps) is stripped.
 """
 
+import argparse
 import os
-import sys
 from pathlib import Path
 
 import nbformat
@@ -29,9 +29,20 @@ def strip(notebook):
                             and not any("widget" in mime for mime in out.get("data", {}))]
 
 
+def asked():
+    """The notebooks named on the command line, or all."""
+    there = {path.stem: path for path in sorted(HERE.glob("*.ipynb"))}
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(there)} (default all)")
+    stems = [Path(name).stem for name in parser.parse_args().names]
+    if unknown := [stem for stem in stems if stem not in there]:
+        parser.error(f"no notebook {', '.join(unknown)}; there are {', '.join(there)}")
+    return [there[stem] for stem in stems] or list(there.values())
+
+
 if __name__ == "__main__":
     os.environ.update(FIXED)
-    for path in [HERE / f"{Path(name).stem}.ipynb" for name in sys.argv[1:]] or sorted(HERE.glob("*.ipynb")):
+    for path in asked():
         print(path.name, flush=True)
         notebook = nbformat.read(path, as_version=4)
         NotebookClient(notebook, kernel_name="python3", timeout=1800, resources={"metadata": {"path": str(HERE)}},

@@ -46,7 +46,7 @@ def bench(short: bool = False, *, n: int | None = None, d: int = 64, progress: b
         ImportError: POT is missing. AssertionError: the plans differ.
     """
     version = f"POT {_pot().__version__}"
-    n = n or (300 if short else 2000)
+    n = (300 if short else 2000) if n is None else n
     rows: list[Row] = []
     for dtype, epsilon in ((torch.float32, 20.0), (torch.float32, 5.0), (torch.float64, 5.0)):
         x, y = cases(n, d, dtype)

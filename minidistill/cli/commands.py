@@ -1,17 +1,21 @@
 """What each command does with its options: quickstart, train, distill, sample, evaluate, bench.
 
-The options' names, defaults and help are in `cli.py`, which also tells errors in one line.
+The options' names, defaults and help are in `program.py`, which also tells errors in one line. An option that would
+change nothing is refused: whoever gave it expects something of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from minidistill import _validate, bench, data, metrics, plotting, samplers, teachers, training
 from minidistill.distillation import OBJECTIVES, Diagnosis, Needs, distill
@@ -21,12 +25,14 @@ from minidistill.networks import Denoiser, Generator, unet
 from minidistill.training import checkpoints, parallel
 
 __all__ = [
-    "DATA", "IMAGES", "N_TRAIN", "benchmark", "distil", "evaluate", "quickstart", "sample", "train",
+    "DATA", "IMAGES", "LEVELS", "N_TRAIN", "SOLVER", "benchmark", "distil", "evaluate", "quickstart", "sample", "train",
 ]
 
+T = TypeVar("T")
 N_TRAIN = 20_000  # samples drawn from a named 2-D target to train a teacher on
 IMAGES = ("digits", "cifar10")
 DATA = (*MIXTURES, *SHAPES, *IMAGES)
+LEVELS, SOLVER = 18, "heun"  # of a teacher's sampler
 
 
 def quickstart(a: argparse.Namespace) -> None:
@@ -38,36 +44,46 @@ def quickstart(a: argparse.Namespace) -> None:
 
 
 def train(a: argparse.Namespace) -> None:
-    samples, labels = _dataset(a.data, a.seed, a.root, a.subset)
-    cifar = a.data == "cifar10"
+    name, cifar, own = _place(a.data), a.data == "cifar10", a.data not in DATA
+    if not (cifar or own):
+        _refuse(a, ("size",), f"only for cifar10 and your own images, not for {name}")
+    samples, labels = _dataset("--data", name, a, a.size)
     network = None
-    if a.preset or cifar:
+    if a.preset or cifar or own:
         torch.manual_seed(a.seed)  # the network's first weights
         shape, n_classes = tuple(samples.shape[1:]), 0 if labels is None else int(labels.max()) + 1
-        network = unet.preset(a.preset or "tiny", shape, n_classes)
+        try:
+            network = unet.preset(_or(a.preset, "tiny"), shape, n_classes)
+        except ValueError as error:
+            raise ValueError(f"{error}{'; --size N makes images N x N' if own else ''}") from error
     out = Path(a.out)
     model = checkpoints.writable(out / "teacher.safetensors")
     steps = _steps(a)
     teacher = teachers.train_denoiser(
         samples, network, labels=labels, steps=steps, batch_size=a.batch_size, flip=cifar, accumulate=a.accumulate,
-        learning_rate=a.learning_rate or (1e-3 if network else 2e-3), ema_halflife=a.ema_halflife, speed=_speed(a),
+        learning_rate=_or(a.learning_rate, 1e-3 if network else 2e-3), ema_halflife=a.ema_halflife, speed=_speed(a),
         seed=a.seed, device=a.device, log_every=a.log_every, checkpoint=out / "training.safetensors",
         checkpoint_every=a.checkpoint_every, resume=a.resume,
     )
     if parallel.rank() == 0:
-        checkpoints.save_model(model, teacher, data=a.data, steps=steps, images=steps * a.batch_size, seed=a.seed)
+        checkpoints.save_model(model, teacher, data=name, steps=steps, images=steps * a.batch_size, seed=a.seed,
+                               **_size(a.size))
         _write_history(out)
         print(f"teacher in {model}")
 
 
 def distil(a: argparse.Namespace) -> None:
     _validate.choose("--objective", a.objective, OBJECTIVES)
-    teacher, name = _teacher(a.teacher)
+    teacher, info = _teacher("--teacher", a.teacher)
+    name, size = _place(_or(a.data, info["data"])), info.get("size")
     samples = labels = None
     if isinstance(teacher, GaussianMixture):
+        _refuse(a, ("data", "root", "subset"), f"real samples come from {a.teacher} itself")
         teacher = teacher.to(torch.device(a.device))
     elif Needs.of(OBJECTIVES[a.objective]).data:
-        samples, labels = _dataset(name, a.seed, a.root, a.subset)
+        samples, labels = _dataset("--data", name, a, size)
+    else:
+        _refuse(a, ("data", "root", "subset"), f"{a.objective} looks at no real samples")
     out = Path(a.out)
     model = checkpoints.writable(out / "student.safetensors")
     images = len(teacher.shape) == 3
@@ -81,8 +97,8 @@ def distil(a: argparse.Namespace) -> None:
     plotting.use_theme()
     student = distill(
         teacher, objective=a.objective, steps=steps, data=samples, labels=labels, batch_size=a.batch_size,
-        critic_steps=a.critic_steps or critic_steps, learning_rate=a.learning_rate or rate,
-        critic_learning_rate=a.critic_learning_rate or critic_rate, sigma_init=a.sigma_init, sigma_max=a.sigma_max,
+        critic_steps=_or(a.critic_steps, critic_steps), learning_rate=_or(a.learning_rate, rate),
+        critic_learning_rate=_or(a.critic_learning_rate, critic_rate), sigma_init=a.sigma_init, sigma_max=a.sigma_max,
         flip=name == "cifar10", accumulate=a.accumulate, ema_halflife=a.ema_halflife, speed=_speed(a), seed=a.seed,
         device=a.device, inspect=draw_panel if images else None, log_every=a.log_every,
         checkpoint=out / "training.safetensors", checkpoint_every=a.checkpoint_every, resume=a.resume,
@@ -90,7 +106,7 @@ def distil(a: argparse.Namespace) -> None:
     if parallel.rank() == 0:
         checkpoints.save_model(
             model, student.ema, data=name, objective=a.objective, steps=steps, images=steps * a.batch_size, seed=a.seed,
-            teacher=str(Path(a.teacher).resolve()) if Path(a.teacher).exists() else a.teacher,
+            teacher=str(Path(a.teacher).resolve()) if Path(a.teacher).exists() else a.teacher, **_size(size),
         )
         _write_history(out)
         print(f"student in {model}")
@@ -116,9 +132,8 @@ def _speed(a: argparse.Namespace) -> training.Speed:
 
 def sample(a: argparse.Namespace) -> None:
     _validate.whole("--n", a.n)
-    _validate.whole("--levels", a.levels)
-    _validate.choose("--solver", a.solver, samplers.SOLVERS)
-    model, _ = _teacher(a.model)
+    model, _ = _model(a.model)
+    _check_sampler(model, a)
     out = checkpoints.writable(a.out)
     if out.suffix not in (".png", ".safetensors"):
         raise ValueError(f"--out {out}: wanted a name that ends in .png or .safetensors")
@@ -137,15 +152,21 @@ def sample(a: argparse.Namespace) -> None:
 
 def evaluate(a: argparse.Namespace) -> None:
     _validate.whole("--n", a.n, least=2)
-    model, name = _teacher(a.model)
-    name = a.target or name
-    if name not in (*MIXTURES, *IMAGES):
+    model, info = _model(a.model)
+    name = _or(a.target, info["data"])
+    if name in SHAPES:
         raise ValueError(_validate.closest("--target", name, (*MIXTURES, *IMAGES)))
+    student = isinstance(model, Generator)
+    if name in MIXTURES:
+        _refuse(a, ("features", "teacher", "root"), f"{name} is no set of images")
+        _check_sampler(model, a)
+    elif not student:
+        _refuse(a, ("teacher",), f"{a.model} is no student")
     if a.out:
         checkpoints.writable(a.out)
     row: dict[str, Any] = {"model": a.model, "target": name, "n": a.n, "seed": a.seed}
-    if name in IMAGES:
-        result = _compare(model, name, a)
+    if name not in MIXTURES:
+        result = _compare(model, name, info, a)
         row["rows"] = result.rows
         if a.out:
             _save_grids(result, Path(a.out).with_suffix(".png"))
@@ -160,28 +181,45 @@ def evaluate(a: argparse.Namespace) -> None:
             path.write_text(json.dumps(row) + "\n")
     if a.json:
         print(json.dumps(row))
-    elif name in IMAGES:
+    elif name not in MIXTURES:
         print(evaluation.table(row["rows"]))
     else:
         for key, value in row.items():
             print(f"{key:<20} {value:.4g}" if isinstance(value, float) else f"{key:<20} {value}")
 
 
-def _compare(model: Any, name: str, a: argparse.Namespace) -> evaluation.Comparison:
+def _compare(model: Any, name: str, info: dict[str, Any], a: argparse.Namespace) -> evaluation.Comparison:
     """A teacher alone, or a student beside its teacher, against real images."""
-    images, _ = _dataset(name, a.seed, a.root, None)
+    images, _ = _dataset("--target", name, a, info.get("size"))
     _validate.samples("the model's samples", torch.zeros(1, *model.shape), tuple(images.shape[1:]))
     if isinstance(model, Generator):
-        recorded = str(checkpoints.load_model(a.model)[1].get("teacher", ""))
+        recorded = str(info.get("teacher", ""))
         if not a.teacher and not checkpoints.exists(recorded):
             raise ValueError(f"--teacher: wanted the teacher's file, to measure both in one run (not {recorded!r})")
-        teacher, students = _teacher(a.teacher or recorded)[0], {"student": model}
+        teacher, students = _teacher("--teacher", _or(a.teacher, recorded))[0], {"student": model}
     else:
         teacher, students = model, {}
-    judge = features.extractor(a.features or f"{name}_classifier", device=a.device)
+    _check_sampler(teacher, a)
+    judge = _judge(name, tuple(images.shape[1:]), a)
     for each in (teacher, *students.values()):
         each.to(a.device)
-    return evaluation.compare(teacher, students, images, n=a.n, seed=a.seed, levels=a.levels, features=judge)
+    return evaluation.compare(teacher, students, images, n=a.n, seed=a.seed, levels=_or(a.levels, LEVELS),
+                              solver=_or(a.solver, SOLVER), features=judge)
+
+
+def _judge(name: str, shape: tuple[int, ...], a: argparse.Namespace) -> features.Extractor:
+    """What looks at the images: what was asked for, the data's own classifier, or for images of other kinds and sizes
+    the CIFAR-10 classifier, which is shown them at 32x32 pixels and whose ten classes then say nothing."""
+    own = f"{name}_classifier" if (name, *shape) in (("digits", 1, 8, 8), ("cifar10", 3, 32, 32)) else None
+    if (asked := _or(a.features, own)) is not None:
+        return features.extractor(asked, device=a.device)
+
+    def scaled(images: Tensor) -> Tensor:
+        images = images.clamp(-1, 1).expand(-1, 3, -1, -1)
+        return interpolate(images, (32, 32), mode="bilinear", align_corners=False, antialias=True)
+
+    judge = features.extractor("cifar10_classifier", device=a.device)
+    return replace(judge, name="cifar10_classifier at 32x32", shape=shape, prepare=scaled, judge=None)
 
 
 def _save_grids(result: evaluation.Comparison, path: Path) -> None:
@@ -197,38 +235,98 @@ def _save_grids(result: evaluation.Comparison, path: Path) -> None:
 
 def benchmark(a: argparse.Namespace) -> None:
     _validate.choose("NAME", a.name, bench.BENCHES)
-    rows = bench.run(a.name, short=a.short)
+    if a.seed:
+        raise ValueError(f"--seed {a.seed}: a bench times the same work in every run; wanted 0")
+    if a.out is not None:
+        checkpoints.writable(a.out)
+    rows = bench.run(a.name, short=a.short, **({} if a.device == "cpu" else {"device": a.device}))
+    if a.out is not None:
+        with checkpoints.atomic(a.out) as path:
+            path.write_text(json.dumps(rows) + "\n")
     print(json.dumps(rows) if a.json else bench.table(rows))
 
 
+def _check_sampler(model: GaussianMixture | Denoiser | Generator, a: argparse.Namespace) -> None:
+    """ValueError for a solver or levels that are none, or that a student has no use for."""
+    if isinstance(model, Generator):
+        _refuse(a, ("solver", "levels"), f"{a.model} is a student, which is called without a solver")
+    if a.levels is not None:
+        _validate.whole("--levels", a.levels)
+    if a.solver is not None:
+        _validate.choose("--solver", a.solver, samplers.SOLVERS)
+
+
 def _draw(model: GaussianMixture | Denoiser | Generator, a: argparse.Namespace) -> tuple[Tensor, Tensor | None]:
-    """a.n samples and the classes asked for: one call of a generator, a solver's run of a denoiser."""
-    if isinstance(model, GaussianMixture):
+    """a.n samples and the classes asked for: one call of a generator, a solver's run of a denoiser; of a mixture exact
+    ones, unless a solver is asked for."""
+    if isinstance(model, GaussianMixture) and a.solver is None and a.levels is None:
         return model.sample(a.n, training.generator_on("cpu", a.seed)), None
-    model = model.to(a.device)
+    if not isinstance(model, GaussianMixture):
+        model = model.to(a.device)
     if isinstance(model, Generator):
         return evaluation.sample_student(model, a.n, seed=a.seed)
-    return evaluation.sample_teacher(model, a.n, seed=a.seed, levels=a.levels, solver=a.solver)
+    levels, solver = _or(a.levels, LEVELS), _or(a.solver, SOLVER)
+    return evaluation.sample_teacher(model, a.n, seed=a.seed, levels=levels, solver=solver)
 
 
-def _dataset(name: str, seed: int, root: str | None, subset: int | None) -> tuple[Tensor, Tensor | None]:
+def _place(name: str) -> str:
+    """A data set's name, or where it is from wherever one looks."""
+    return str(Path(name).resolve()) if name and name not in DATA and Path(name).exists() else name
+
+
+def _size(size: int | None) -> dict[str, Any]:
+    """What a model's file says of the size that images were brought to: nothing if they were not."""
+    return {} if size is None else {"size": size}
+
+
+def _dataset(option: str, name: str, a: argparse.Namespace, size: int | None) -> tuple[Tensor, Tensor | None]:
+    """Samples and classes of a data set by its name or place, CIFAR-10 and your own images brought to `size`; `option`
+    is where another can be named."""
+    if not name:
+        raise ValueError(f"{option}: the model's file does not say what it was trained on; wanted a data set")
+    if name != "cifar10":
+        _refuse(a, ("root", "subset"), f"only for cifar10, not for {name}")
     if name == "digits":
         return data.digits()
     if name == "cifar10":
-        return data.cifar10(root, "train", n=subset)
-    rng = training.generator_on("cpu", seed)
+        return data.cifar10(a.root, "train", n=getattr(a, "subset", None), size=_or(size, 32))
+    rng = training.generator_on("cpu", a.seed)
     if name in MIXTURES:
         return MIXTURES[name]().sample(N_TRAIN, rng), None
     if name in SHAPES:
         return SHAPES[name](N_TRAIN, rng), None
-    raise ValueError(_validate.closest("data", name, DATA))
+    if Path(name).exists():
+        return data.images(name, size)
+    if Path(name).is_absolute():
+        raise FileNotFoundError(f"{name} is not there (any more); wanted {option} FOLDER, where the images are now")
+    raise ValueError(_validate.closest(option, name, DATA) + ", or a folder of images, or an .npz file of them")
 
 
-def _teacher(name: str) -> tuple[Any, str]:
-    """A named mixture, or a saved model and the name of the data it was trained on."""
+def _model(name: str) -> tuple[Any, dict[str, Any]]:
+    """A named mixture, or a saved model, and what is known of it: "data", what it was trained on, and more."""
     if name in MIXTURES:
-        return MIXTURES[name](), name
+        return MIXTURES[name](), {"data": name}
     if not Path(name).exists() and not name.endswith(".safetensors"):
         raise ValueError(_validate.closest("model", name, MIXTURES) + ", or a .safetensors file")
     model, info = checkpoints.load_model(name)
-    return model, str(info.get("data", ""))
+    return model, {"data": ""} | info
+
+
+def _teacher(option: str, name: str) -> tuple[Any, dict[str, Any]]:
+    """A model, as `_model` gives it, that can teach."""
+    model, info = _model(name)
+    if isinstance(model, Generator):
+        raise ValueError(f"{option} {name} is a student; wanted a teacher, such as `minidistill train` writes")
+    return model, info
+
+
+def _or(value: T | None, default: T) -> T:
+    """The option's value, be it 0, or the default if it was not given."""
+    return default if value is None else value
+
+
+def _refuse(a: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """ValueError if one of the options was given."""
+    for name in names:
+        if getattr(a, name, None) is not None:
+            raise ValueError(f"--{name} {getattr(a, name)}: {why}; wanted the command without it")

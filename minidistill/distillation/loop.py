@@ -191,8 +191,7 @@ class Distillation:
             training.set_learning_rate(self.optimizers["critic"], s.critic_learning_rate * factor)
 
     def _average(self, average: nn.Module, halflife: float, step: int) -> None:
-        training.update_ema(list(average.parameters()), list(self.run.generator.parameters()), halflife,
-                            self.settings.batch_size, step)
+        training.update_ema(average, self.run.generator, halflife, self.settings.batch_size, step)
 
     def _normal(self) -> Tensor:
         return torch.randn(self.settings.batch_size, *self.run.generator.shape, generator=self.rng, device=self.device)

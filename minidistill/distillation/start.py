@@ -160,9 +160,11 @@ def distill(
         run = prepare(teacher, generator, needs, settings, shape=shape, data=data, labels=labels, rng=rng,
                       second_teacher=second_teacher, progress=fit_options.get("progress", True))
         network = getattr(run.generator.denoiser, "network", None)
-        name = objective if isinstance(objective, str) else type(rule).__name__
+        name, told = type(rule).__name__, re.sub(r" at 0x\w+", "", repr(rule))  # without where it lies in memory
+        if isinstance(objective, str):
+            name = told = objective
         config = {
-            "run": "distillation", "objective": objective if isinstance(objective, str) else re.sub(r" at 0x\w+", "", repr(rule)),
+            "run": "distillation", "objective": told,
             "network": getattr(network, "config", type(network).__name__), **settings.config(),
         }
         return train(

@@ -111,7 +111,7 @@ def train_classifier(
 ) -> FeatureClassifier:
     """Fit on images (n, *shape) and labels (n,) with a little noise for augmentation; about a second for the digits."""
     _validate.samples("images", images, least=2)
-    _validate.labels("labels", labels, len(images))
+    labels = _validate.labels("labels", labels, len(images))
     rng = training.generator_on("cpu", seed)
     torch.manual_seed(seed)
     model = FeatureClassifier(tuple(images.shape[1:]), int(labels.max()) + 1)
@@ -144,7 +144,7 @@ def train_cifar10_classifier(
         _validate.samples("images", images, least=least)
     if images.ndim != 4 or len(images) < least:
         raise ValueError(f"images has shape {tuple(images.shape)}; wanted (n, c, h, w) with n >= {least}")
-    _validate.labels("labels", labels, len(images))
+    labels = _validate.labels("labels", labels, len(images))
     _validate.whole("batch_size", batch_size, least=2)
     rng = training.generator_on("cpu", seed)
     torch.manual_seed(seed)

@@ -115,8 +115,7 @@ def _asked(model: Model, n: int, label: Tensor | None) -> Tensor | None:
         return torch.arange(n) % n_classes if n_classes else None
     if not n_classes:
         raise ValueError("label: this model has no classes; wanted None")
-    _validate.labels("label", label, n, n_classes)
-    return label.cpu()
+    return _validate.labels("label", label, n, n_classes).cpu()
 
 
 def _shape(model: Model) -> tuple[int, ...]:
@@ -168,10 +167,11 @@ def _some(x: Tensor, rng: torch.Generator) -> Tensor:
 def compare(
     teacher: Model, students: Model | Mapping[str, Model], reference: Tensor, *,
     n: int = 10_000, seed: int = 0, features: Extractor, levels: int = 18, sigma_max: float = 80.0,
-    batch_size: int = 500, device: torch.device | str | None = None, k: int = 3, progress: bool = True,
+    solver: str = "heun", batch_size: int = 500, device: torch.device | str | None = None, k: int = 3,
+    progress: bool = True,
 ) -> Comparison:
-    """The teacher at 2 * levels - 1 network calls and its students at one, measured alike: same n, noise, classes,
-    features and reference.
+    """The teacher, whose sampler takes 2 * levels - 1 network calls if it is Heun's, and its students at one, measured
+    alike: same n, noise, classes, features and reference.
 
     Args:
         teacher: as in `sample_teacher`.
@@ -180,6 +180,7 @@ def compare(
         n: samples of each model. The Frechet distance is biased upwards for few, so compare at equal n only.
         seed: of the noise, and of the subsets for precision and recall.
         features: what to compare by, from `features.extractor`.
+        levels, solver: of the teacher's sampler, as in `sample_teacher`.
         device: where the models are, as in `sample_teacher`.
         k: neighbours of precision and recall.
     Returns:
@@ -191,8 +192,9 @@ def compare(
     named = dict(students) if isinstance(students, Mapping) else {"student": students}
     _check(teacher, named, reference, features, n, k)
     _validate.whole("levels", levels)  # the Karras schedule would call it n
+    _validate.choose("solver", solver, samplers.SOLVERS)
     _validate.whole("batch_size", batch_size)
-    _validate.whole("seed", seed, least=0)
+    _validate.seed("seed", seed)
     samplers.karras_sigmas(levels, sigma_max=sigma_max)  # checks sigma_max
     options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "device": device, "progress": progress}
     real = features(reference, progress=progress)
@@ -200,17 +202,32 @@ def compare(
     samples: dict[str, Tensor] = {}
     labels: Tensor | None = None
     for name in ("teacher", *named):
+        model = _Counted(named.get(name, teacher))
         if name == "teacher":
-            images, labels = sample_teacher(teacher, n, levels=levels, sigma_max=sigma_max, **options)
+            images, labels = sample_teacher(model, n, levels=levels, solver=solver, sigma_max=sigma_max, **options)
         else:
-            images, labels = sample_student(named[name], n, **options)
+            images, labels = sample_student(model, n, **options)
         row = measure(name, images, real, features, label=labels, k=k, seed=seed, progress=progress)
-        row |= {"calls": 1 if rows else 2 * levels - 1, "seed": seed}
+        row |= {"calls": round(model.calls / -(-n // batch_size)), "seed": seed}
         best = rows[0]["frechet"] if rows else row["frechet"]
         row["frechet_ratio"] = row["frechet"] / best if best > 0 else None
         rows.append(row)
         samples[name] = images
     return Comparison(rows, samples, labels)
+
+
+class _Counted:
+    """A model that counts its calls, of which there are as many for each batch."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.calls = model, 0
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        self.calls += 1
+        return self.model(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
 
 
 def _check(

@@ -77,7 +77,7 @@ class Extractor:
 
     def recognised(self, images: Tensor, label: Tensor) -> float | None:
         """The fraction of images classified as their label (n,); None if no classifier is behind the features."""
-        _validate.labels("label", label, len(images))
+        label = _validate.labels("label", label, len(images))
         if self.judge is None:
             return None
         guess = torch.cat(self._batches(self.judge, images)).argmax(1)

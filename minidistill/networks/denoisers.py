@@ -58,7 +58,7 @@ class Denoiser(Preconditioned):
 
     def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         """E[x0 | x] estimated: x (n, *shape), sigma a float or (n,) > 0, label (n,) if class-conditional."""
-        check_input(self, x, label)
+        label = check_input(self, x, label)
         s = _validate.broadcast_sigma(sigma, x, positive=True)
         scale = torch.rsqrt(s.square() + self.sigma_data**2)  # c_in
         c_skip = (self.sigma_data * scale).square()
@@ -73,6 +73,7 @@ class Denoiser(Preconditioned):
     def features(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         """The network's features for the same input: an MLP's last hidden layer (n, c), a U-Net's bottleneck
         (n, c, h, w)."""
+        label = check_input(self, x, label)
         s = _validate.broadcast_sigma(sigma, x, positive=True)
         scale = torch.rsqrt(s.square() + self.sigma_data**2)
         c_noise = (s.log() / 4).flatten().expand(len(x))
@@ -157,13 +158,12 @@ class Generator(nn.Module):
         return self.denoiser(x, level, label)
 
 
-def check_input(model: Any, x: Tensor, label: Tensor | None) -> None:
-    """Raise ValueError unless `x` and `label` fit the model's shape and number of classes."""
+def check_input(model: Any, x: Tensor, label: Tensor | None) -> Tensor | None:
+    """The label as int64; raise unless it and `x` fit the model's number of classes and shape."""
     if x.shape[1:] != torch.Size(model.shape):
         raise ValueError(f"x has shape {tuple(x.shape)}; wanted (n, {', '.join(map(str, model.shape))})")
     if bool(model.n_classes) != (label is not None):
         wanted = f"a class of 0 to {model.n_classes - 1} for each sample" if model.n_classes else "None"
         raise ValueError(f"label: this model has {model.n_classes} classes; wanted {wanted}")
-    if label is not None and label.shape != x.shape[:1]:
-        raise ValueError(f"label has shape {tuple(label.shape)}; wanted ({len(x)},)")
+    return None if label is None else _validate.labels("label", label, len(x), model.n_classes, wait=False)
 

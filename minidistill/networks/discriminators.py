@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from minidistill import _validate
-from minidistill.networks.denoisers import Denoiser, Preconditioned
+from minidistill.networks.denoisers import Denoiser, Preconditioned, check_input
 
 __all__ = ["Discriminator", "FeatureDiscriminator"]
 
@@ -16,6 +16,7 @@ class Discriminator(Preconditioned):
     log p_sigma / q_sigma at every noise level."""
 
     def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
+        label = check_input(self, x, label)
         s = _validate.broadcast_sigma(sigma, x, positive=True)
         scale = torch.rsqrt(s.square() + self.sigma_data**2)
         return self.network(scale * x, (s.log() / 4).flatten().expand(len(x)), label).flatten()

@@ -60,6 +60,8 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         _validate.positive("gain", gain)
+        if out_features is not None:
+            _validate.whole("out_features", out_features)
         self.config: dict[str, Any] = {
             "kind": "mlp", "shape": list(shape), "hidden": hidden, "depth": depth,
             "n_classes": n_classes, "out_features": out_features, "activation": activation,

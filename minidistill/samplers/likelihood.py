@@ -58,7 +58,7 @@ def log_likelihood(
     if batch_size is not None:
         _validate.whole("batch_size", batch_size)
     if label is not None:
-        _validate.labels("label", label, len(x))
+        label = _validate.labels("label", label, len(x))
     if sigmas is None:
         sigmas = torch.linspace(math.log(0.002), math.log(80.0), 65, dtype=torch.float64).exp()
     sigmas = torch.as_tensor(sigmas).double()

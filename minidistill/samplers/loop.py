@@ -114,11 +114,9 @@ def in_chunks(
 
 
 def check_label(x: Tensor, label: Tensor | None) -> None:
-    """Raise unless the label is None or a tensor (n, ...)."""
-    if label is not None and not isinstance(label, Tensor):
-        raise TypeError(f"label is {type(label).__name__}; wanted a tensor, one entry for each of the {len(x)} samples")
-    if label is not None and label.shape[:1] != x.shape[:1]:
-        raise ValueError(f"label has shape {tuple(label.shape)}; wanted one for each of the {len(x)} samples")
+    """Raise unless the label is None or a tensor (n, ...): what a denoiser is told need not be a class."""
+    if label is not None and not (isinstance(label, Tensor) and label.shape[:1] == x.shape[:1]):
+        _validate.labels("label", label, len(x))
 
 
 def check_levels(x: Tensor, sigmas: Tensor) -> Tensor:

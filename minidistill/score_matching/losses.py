@@ -198,10 +198,11 @@ def posterior_denoiser(denoiser: Denoise, classifier: Denoise) -> Denoise:
     """
     def denoise(x: Tensor, sigma: float | Tensor, label: Tensor) -> Tensor:
         def log_likelihood(u: Tensor) -> Tensor:
-            return classifier(u, sigma).log_softmax(1).gather(1, label[:, None]).squeeze(1)
+            logits = classifier(u, sigma)
+            chosen = _validate.labels("label", label, len(x), logits.shape[1], wait=False)
+            return logits.log_softmax(1).gather(1, chosen[:, None]).squeeze(1)
 
         s = level(x, sigma)
-        _validate.labels("label", label, len(x))
         return call(denoiser, x, sigma, None) + s.square() * value_and_gradient(log_likelihood, x)[1]
 
     return denoise

@@ -243,9 +243,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--objective", choices=sorted(OBJECTIVES), default="sid", help="of the student")
     add("--critic-steps", type=int,
         help="updates of the fake network for each of the student; if not given the objective's own number, or 1")
-    add("--batch-size", type=int, default=512 if gpu else 64)
+    add("--batch-size", type=int, default=512 if gpu else 64, help="of all processes together")
     add("--learning-rate", type=float, help="1e-3 for a teacher, 1e-4 for a student, if not given")
-    add("--critic-learning-rate", type=float, default=1e-4)
+    add("--critic-learning-rate", type=float, default=1e-4, help="of the student's fake network and ratio")
     add("--sigma-init", type=float, default=2.5, help="noise level at which the student reads its input")
     add("--sigma-max", type=float, default=20.0, help="highest noise level at which student and teacher are compared")
     add("--ema-halflife", type=float, default=500_000 if gpu else 5_000, help="in images")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from minidistill import data
-from minidistill.metrics.classifier import CIFAR10_STEPS, CIFAR10_WEIGHTS, save, train_cifar10_classifier
+from minidistill.metrics.classifier import CIFAR10_STEPS, save, train_cifar10_classifier
 from minidistill.training import checkpoints
 
 __all__ = ["command", "options"]
@@ -13,9 +13,8 @@ __all__ = ["command", "options"]
 
 def options(parser: argparse.ArgumentParser) -> None:
     """What may be asked of it on the command line, besides --out, --seed and --device."""
-    parser.set_defaults(out=str(CIFAR10_WEIGHTS))
-    parser.add_argument("--root", help="CIFAR-10's folder; default: MINIDISTILL_CIFAR10")
-    parser.add_argument("--steps", type=int, default=CIFAR10_STEPS, help="of 256 images each (default %(default)s)")
+    parser.add_argument("--root", help="folder or archive of CIFAR-10 (default $MINIDISTILL_CIFAR10)")
+    parser.add_argument("--steps", type=int, default=CIFAR10_STEPS, help="of 256 images each")
 
 
 def command(a: argparse.Namespace) -> None:

@@ -19,11 +19,12 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from minidistill import data, metrics, plotting, samplers, teachers, training
+from minidistill import _validate, data, metrics, plotting, samplers, teachers, training
 from minidistill.distillation import distill, draw
 from minidistill.distributions import GaussianMixture, ring
 from minidistill.metrics import classifier
 from minidistill.networks import MLP, Generator
+from minidistill.studies.spawned import main_hidden
 from minidistill.training import checkpoints
 
 __all__ = [
@@ -121,17 +122,21 @@ def quickstart(
     only: "ring" or "digits" for one half. steps: fewer (or more) distillation steps for every run; the digits'
     teacher then trains for at most as many. Raises ValueError for other values, OSError if `out` can't be written.
     """
-    out = Path(out)
+    if only is not None:
+        _validate.choose("only", only, {half: half for half in ("ring", "digits")})
+    if steps is not None:
+        _validate.whole("steps", steps)
+    out = Path(out).expanduser()
     checkpoints.writable(out / "results.json")
     began = time.perf_counter()
     jobs: list[tuple[Any, ...]] = []
     if only != "ring":
         teacher_steps = DIGITS_TEACHER_STEPS if steps is None else min(steps, DIGITS_TEACHER_STEPS)
-        jobs.append((run_digits, teacher_steps, steps or DIGITS_STEPS, seed, device))
+        jobs.append((run_digits, teacher_steps, DIGITS_STEPS if steps is None else steps, seed, device))
     if only != "digits":
         # Those that learn a ratio take longest, so they go first.
         order = sorted(RING_OBJECTIVES, key=lambda name: name in ("reverse_kl", "sim"))
-        jobs += [(run_ring, name, steps or RING_STEPS, seed, device) for name in order]
+        jobs += [(run_ring, name, RING_STEPS if steps is None else steps, seed, device) for name in order]
     done = _run(jobs, parallel=device == "cpu" and len(jobs) > 1 and (os.cpu_count() or 1) > 1)
     rings = {r["objective"]: r for r in done if "kl" in r}
     rings = {name: rings[name] for name in RING_OBJECTIVES if name in rings}
@@ -160,7 +165,9 @@ def _run(jobs: list[tuple[Any, ...]], parallel: bool) -> list[dict[str, Any]]:
     context = multiprocessing.get_context("spawn")
     lines = context.Value("i", 0)
     with ProcessPoolExecutor(2, mp_context=context, initializer=_worker, initargs=(lines, context.RLock())) as pool:
-        return [future.result() for future in [pool.submit(*job) for job in jobs]]
+        with main_hidden():
+            futures = [pool.submit(*job) for job in jobs]
+        return [future.result() for future in futures]
 
 
 def _worker(lines: Any, lock: Any) -> None:

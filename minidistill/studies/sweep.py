@@ -39,6 +39,7 @@ from minidistill.distillation import (
 from minidistill.distributions import GaussianMixture, grid, ring
 from minidistill.networks import MLP, Denoiser, Discriminator, Generator
 from minidistill.studies import cifar10
+from minidistill.studies.spawned import main_hidden
 from minidistill.teachers import train_denoiser
 from minidistill.teachers.closed_form import EmpiricalTeacher
 from minidistill.training import checkpoints
@@ -280,18 +281,22 @@ def read(folder: str | Path) -> Stored:
     return Stored(about, about.pop("rows"), dict(np.load(pictures)) if pictures.exists() else {})
 
 
-def sweep(out: Path, studies: Sequence[str], seeds: int, at_most: int | None = None, workers: int = 2) -> None:
-    """All runs that `out` does not have yet, its rows and samples being kept after each."""
+def sweep(
+    out: Path, studies: Sequence[str], seeds: int, at_most: int | None = None, workers: int = 2, first: int = 0
+) -> None:
+    """All runs, with the seeds `first`, `first` + 1, ..., that `out` does not have yet, its rows and samples being kept
+    after each."""
     file, pictures, stored = checkpoints.writable(out / "results.json"), out / "samples.npz", read(out)
     rows, points = stored.rows, stored.points
     have = {(row["study"], row["name"], row["seed"]) for row in rows}
-    jobs = [job for study in studies for seed in range(seeds) for name in STUDIES[study]
+    jobs = [job for study in studies for seed in range(first, first + seeds) for name in STUDIES[study]
             if (job := (study, name, seed)) not in have]
     order = {key: i for i, key in enumerate((study, name) for study in STUDIES for name in STUDIES[study])}
     about = {"hardware": cifar10.hardware("cpu"), "torch": torch.__version__, "workers": workers}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = [pool.submit(run, *job, at_most) for job in jobs]
+        with main_hidden():
+            futures = [pool.submit(run, *job, at_most) for job in jobs]
         for future in tqdm(as_completed(futures), total=len(jobs), desc="sweep", unit="run"):
             row = future.result()
             samples = row.pop("samples")
@@ -307,13 +312,16 @@ def sweep(out: Path, studies: Sequence[str], seeds: int, at_most: int | None = N
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """What may be asked of it on the command line, besides --out."""
+    """What may be asked of it on the command line, besides --out, --seed and --device."""
     add = parser.add_argument
-    add("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), metavar="NAME", help=", ".join(STUDIES))
-    add("--seeds", type=int, default=5, help="runs of each trial, with seeds 0, 1, ... (default %(default)s)")
-    add("--at-most", type=int, default=None, metavar="STEPS", help="a bound on the steps of a run, for a first try")
+    add("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), metavar="NAME",
+        help=f"{', '.join(STUDIES)} (default all)")
+    add("--seeds", type=int, default=5, help="runs of each trial, with seeds --seed, --seed + 1, ...")
+    add("--at-most", type=int, metavar="STEPS", help="a bound on the steps of a run, for a first try (default none)")
 
 
 def command(a: argparse.Namespace) -> None:
     """`minidistill sweep`."""
-    sweep(Path(a.out), a.studies, a.seeds, a.at_most)
+    if a.device != "cpu":
+        raise ValueError(f"--device {a.device}: its small networks run on the CPU; wanted the command without it")
+    sweep(Path(a.out), a.studies, a.seeds, a.at_most, first=a.seed)

@@ -32,7 +32,7 @@ class GaussianTeacher:
     """
 
     def __init__(self, data: Tensor, labels: Tensor | None = None) -> None:
-        n_classes = _check_data(data, labels)
+        labels, n_classes = _check_data(data, labels)
         groups = [data] + [data[labels == c] for c in range(n_classes)]
         moments = [_moments(group) for group in groups]
         self._build(torch.stack([m for m, _ in moments]), torch.stack([c for _, c in moments]), data)
@@ -151,7 +151,7 @@ class EmpiricalTeacher:
         self, data: Tensor, smoothing: float = 0.0, labels: Tensor | None = None, *, top_k: int | None = None,
         chunk: int = 2048, draws: int = 16, generator: torch.Generator | None = None,
     ) -> None:
-        self.n_classes = _check_data(data, labels)
+        labels, self.n_classes = _check_data(data, labels)
         _validate.positive("smoothing", smoothing, strictly=False)
         _validate.whole("chunk", chunk)
         if top_k is not None:
@@ -240,19 +240,20 @@ class EmpiricalTeacher:
 
 # ---------------------------------------------------------------------------------- what both share
 
-def _check_data(data: Tensor, labels: Tensor | None) -> int:
-    """Raise unless data are (n, *shape), floating and finite or bytes, with fitting labels; the number of classes."""
+def _check_data(data: Tensor, labels: Tensor | None) -> tuple[Tensor | None, int]:
+    """Raise unless data are (n, *shape), floating and finite or bytes, with fitting labels. Returns the labels, int64,
+    and the number of classes."""
     if not (isinstance(data, Tensor) and data.dtype == torch.uint8 and data.ndim >= 2 and len(data)):
         _validate.samples("data", data)
     if labels is None:
-        return 0
-    _validate.labels("labels", labels, len(data))
+        return None, 0
+    labels = _validate.labels("labels", labels, len(data))
     n_classes = int(labels.max()) + 1
     counts = torch.bincount(labels, minlength=n_classes)
     if not bool(counts.all()):
         missing = int(counts.argmin())
         raise ValueError(f"labels: no sample has class {missing}; wanted some of each, 0 to {n_classes - 1}")
-    return n_classes
+    return labels, n_classes
 
 
 def _moments(data: Tensor, chunk: int = 4096) -> tuple[Tensor, Tensor]:
@@ -289,7 +290,7 @@ def _groups(
         return
     if not teacher.n_classes:
         raise ValueError("label: this teacher was made without labels; wanted None")
-    _validate.labels("label", label, n, teacher.n_classes)
+    label = _validate.labels("label", label, n, teacher.n_classes)
     for c in label.unique().tolist():
         yield 1 + c, (label == c).nonzero()[:, 0]
 
@@ -298,5 +299,5 @@ def _ungroup(parts: list[Tensor], label: Tensor | None) -> Tensor:
     """The groups' results, put back into the samples' order."""
     if label is None:
         return parts[0]
-    order = label.argsort(stable=True)  # the order in which the groups hold the samples
+    order = label.long().argsort(stable=True)  # the order in which the groups hold the samples
     return torch.cat(parts)[order.argsort()]

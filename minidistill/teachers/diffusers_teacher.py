@@ -77,7 +77,7 @@ class DiffusersDenoiser(nn.Module):
     def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         """E[x0 | x] as the model has it: x (n, c, h, w), sigma a float or (n,) > 0, label (n,) if class-conditional.
         Outside the table the model gets the nearest time, and x scaled by the true sigma."""
-        check_input(self, x, label)
+        label = check_input(self, x, label)
         level = _validate.broadcast_sigma(sigma, x, positive=True).double()  # sigma^2 leaves half precision's range
         t = self.time(level).flatten().expand(len(x))
         t = t.round().long() if self.whole_times else t.float()

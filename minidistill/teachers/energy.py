@@ -40,7 +40,7 @@ class EnergyDenoiser(Preconditioned):
     def energy(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         """E(x, sigma) in nats, (n,): -log p_sigma(x) up to a number that may depend on sigma, not on x. ValueError: x,
         sigma or label that do not fit, a network whose output is neither of the two."""
-        check_input(self, x, label)
+        label = check_input(self, x, label)
         s = _validate.broadcast_sigma(sigma, x, positive=True)
         variance = s.square() + self.sigma_data**2
         u = torch.rsqrt(variance) * x
@@ -92,7 +92,7 @@ def distil_energy(
     if not (isinstance(data, Tensor) and data.dtype == torch.uint8):
         _validate.samples("data", data, least=2)
     if labels is not None:
-        _validate.labels("labels", labels, len(data))
+        labels = _validate.labels("labels", labels, len(data))
     for name, number in (("steps", steps), ("batch_size", batch_size)):
         _validate.whole(name, number)
     for name, value in (("learning_rate", learning_rate), ("sigma_min", sigma_min), ("sigma_max", sigma_max),
@@ -112,8 +112,6 @@ def distil_energy(
     sigma_data = float(to_float(data[:10_000]).std())
     student = EnergyDenoiser(network.to(device).train(), sigma_data)
     ema = copy.deepcopy(student).eval().requires_grad_(False)
-    averages: list[Tensor] = list(ema.parameters())
-    weights: list[Tensor] = list(student.parameters())
     optimizer = torch.optim.Adam(student.parameters(), learning_rate, betas=(0.9, 0.99))
 
     def update(state: training.State) -> dict[str, Tensor]:
@@ -127,7 +125,7 @@ def distil_energy(
         training.set_learning_rate(optimizer, learning_rate * training.schedule(state.step, steps, 100))
         loss = per_sample((student(x, sigma, label) - target).square(), edm_weight(sigma, sigma_data)).mean()
         skipped = training.optimizer_step(loss, optimizer, clip)
-        training.update_ema(averages, weights, ema_halflife, batch_size, state.step)
+        training.update_ema(ema, student, ema_halflife, batch_size, state.step)
         return {"loss": loss.detach(), "skipped": skipped}
 
     config = {

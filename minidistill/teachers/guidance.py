@@ -61,7 +61,7 @@ def classifier_free(denoiser: Denoise, scale: float, unconditional: Denoise | in
             base = call(unconditional if callable(unconditional) else denoiser, x, sigma, None)
         if label is None:
             return base
-        _validate.labels("label", label, len(x), classes - (null is not None) or None)
+        label = _validate.labels("label", label, len(x), classes - (null is not None) or None)
         return torch.lerp(base, call(denoiser, x, sigma, label), scale)
 
     return _like(denoiser, rule, classes - (null is not None))
@@ -145,7 +145,7 @@ def calibrated(
     _validate.whole("pairs", pairs)
     _validate.whole("batch_size", batch_size)
     if labels is not None:
-        _validate.labels("labels", labels, len(data))
+        labels = _validate.labels("labels", labels, len(data))
     group = labels if labels is not None else torch.zeros(len(data), dtype=torch.long, device=data.device)
     classes = int(group.max()) + 1
     counts = torch.bincount(group, minlength=classes).double()
@@ -177,7 +177,7 @@ def calibrated(
         if labels is not None and label is None:  # the table is of the classes
             return call(denoiser, x, sigma, None)
         if labels is not None and label is not None:
-            _validate.labels("label", label, len(x), classes)
+            label = _validate.labels("label", label, len(x), classes)
         row = torch.zeros_like(before) if labels is None or label is None else label
         correction = torch.lerp(eta[before, row], eta[after, row], column("share", share, eta[before, row]))
         return call(denoiser, x, sigma, label) + s * correction.to(x)

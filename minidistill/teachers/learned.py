@@ -70,7 +70,7 @@ def train_denoiser(
         _validate.samples("data", data, least=2)
     n_classes = 0
     if labels is not None:
-        _validate.labels("labels", labels, len(data))
+        labels = _validate.labels("labels", labels, len(data))
         n_classes = int(labels.max()) + 1
     if not 0 <= drop_label < 1 or (drop_label and labels is None):
         raise ValueError(f"drop_label={drop_label!r}: wanted a share from 0 to below 1, and above 0 only with labels")
@@ -97,8 +97,6 @@ def train_denoiser(
     denoiser = Denoiser(network.to(device).train(), sigma_data)
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
     (speed or Speed()).apply(denoiser, ema)
-    averages: list[Tensor] = list(ema.parameters())
-    weights: list[Tensor] = list(denoiser.parameters())
     optimizer = torch.optim.Adam(denoiser.parameters(), learning_rate, betas=(0.9, 0.99), fused=True)
     shift = sigma_mean + math.log(sigma_data / 0.5)
     model = parallel.wrap(denoiser)
@@ -123,7 +121,7 @@ def train_denoiser(
                 training.backward(piece, optimizer)
             loss += piece.detach()
         skipped = training.descend(optimizer, clip)
-        training.update_ema(averages, weights, ema_halflife, batch_size, state.step)
+        training.update_ema(ema, denoiser, ema_halflife, batch_size, state.step)
         return {"loss": loss, "skipped": skipped}
 
     config = {

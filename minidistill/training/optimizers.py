@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from minidistill import _validate
 from minidistill.networks import Denoiser
@@ -96,16 +97,28 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 @torch.no_grad()
-def update_ema(ema: list[Tensor], model: list[Tensor], halflife: float, batch_size: int, step: int) -> None:
+def update_ema(ema: nn.Module, model: nn.Module, halflife: float, batch_size: int, step: int) -> None:
     """ema <- model + decay (ema - model), the past's weight halving every `halflife` samples seen; the
-    half-life is at most a twentieth of what was seen so far (Karras 2022, appendix F.1), so the start fades."""
+    half-life is at most a twentieth of what was seen so far (Karras 2022, appendix F.1), so the start fades.
+
+    Of two networks of one architecture. Buffers are averaged like weights, such as the running statistics of a batch
+    normalisation, which belong to the weights; those of whole numbers are copied.
+    """
     halflife = min(halflife, 0.05 * (step + 1) * batch_size)
     decay = 0.5 ** (batch_size / max(halflife, 1e-8))
-    torch._foreach_lerp_(ema, model, 1 - decay)
+    pairs = zip([*ema.parameters(), *ema.buffers()], [*model.parameters(), *model.buffers()], strict=True)
+    smooth: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for average, value in pairs:
+        if average.is_floating_point() or average.is_complex():
+            smooth[0].append(average)
+            smooth[1].append(value)
+        else:
+            average.copy_(value)
+    get_ema_multi_avg_fn(decay)(*smooth, step)
 
 
 def generator_on(device: torch.device | str, seed: int) -> torch.Generator:
     """A random generator on the device, seeded."""
-    _validate.whole("seed", seed, least=0)
+    _validate.seed("seed", seed)
     return torch.Generator(device).manual_seed(seed)
 

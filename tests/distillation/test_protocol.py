@@ -205,7 +205,7 @@ def test_an_f_divergence_is_an_objective():
 def test_settings_are_frozen_and_are_the_checkpoints_config(tmp_path):
     settings = Settings(3, 8, 3, 2e-3, 5e-3, 1.0, 0.5, 0.035, 5.0, (), 1e5, 0, None, 0.2, "linear", False, 0, "learned")
     with pytest.raises(AttributeError):
-        settings.steps = 4  # type: ignore[misc]
+        settings.steps = 4
     assert set(settings.config()) == set(settings.__dataclass_fields__) - {"accumulate"}
     file = tmp_path / "run.safetensors"
     distill(small_ring(), checkpoint=file, **QUICK)

@@ -129,7 +129,7 @@ X = start(4, d=2)
     (lambda: optimal_sigmas(mixture_2d(), X, 5, fine=4), ValueError, "fine=4"),
     (lambda: optimal_sigmas(mixture_2d(), X[:0], 5), ValueError, "x has 0 samples"),
     (lambda: optimal_sigmas(mixture_2d(), X, 5, batch_size=0), ValueError, "batch_size=0"),
-    (lambda: optimal_sigmas(mixture_2d(), X, 5, label=torch.zeros(5).long()), ValueError, r"label has shape \(5,\)"),
+    (lambda: optimal_sigmas(mixture_2d(), X, 5, label=torch.zeros(5).long()), ValueError, r"label is .* shape \(5,\)"),
 ])
 def test_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):

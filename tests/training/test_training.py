@@ -1,5 +1,6 @@
 """Checkpoints, exact resume, kills and interrupts, EMA, schedule, clipping, and files that are refused."""
 
+import copy
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from minidistill.networks import MLP, Denoiser, Generator
 from minidistill.networks.unet import UNet
 from minidistill.teachers import train_denoiser
 from minidistill.training import checkpoints
-from tests.helpers import clone_state, small_denoiser, small_ring, states_equal
+from tests.helpers import clone_state, normal, small_denoiser, small_ring, states_equal
 
 ROOT = Path(__file__).parents[2]
 STEPS = 30
@@ -338,23 +339,88 @@ def test_bad_model_files_are_refused(tmp_path):
         checkpoints.load_model(file)
 
 
+def holding(*values, dtype=torch.float32):
+    """A module whose one parameter has these values."""
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.tensor(values, dtype=dtype))
+    return module
+
+
 @pytest.mark.parametrize("step", [0, 10, 100_000])
 def test_ema_formula(step):
     """ema <- model + d (ema - model), d = 2^(-batch / min(halflife, seen / 20))."""
-    ema, model = [torch.tensor([1.0, 2.0])], [torch.tensor([3.0, -1.0])]
+    ema, model = holding(1.0, 2.0), holding(3.0, -1.0)
     halflife, batch = 1000.0, 64
     decay = 0.5 ** (batch / min(halflife, 0.05 * (step + 1) * batch))
-    wanted = model[0] + decay * (ema[0] - model[0])
+    wanted = model.weight + decay * (ema.weight - model.weight)
     training.update_ema(ema, model, halflife, batch, step)
-    torch.testing.assert_close(ema[0], wanted)
-    assert model[0].tolist() == [3.0, -1.0]
+    torch.testing.assert_close(ema.weight, wanted)
+    assert model.weight.tolist() == [3.0, -1.0]
 
 
 def test_ema_forgets_half_in_one_halflife():
-    ema, model = [torch.ones(1, dtype=torch.float64)], [torch.zeros(1, dtype=torch.float64)]
+    ema, model = holding(1.0, dtype=torch.float64), holding(0.0, dtype=torch.float64)
     for step in range(10):
         training.update_ema(ema, model, 640.0, 64, 10_000 + step)
-    assert float(ema[0]) == pytest.approx(0.5, rel=1e-10)
+    assert ema.weight.tolist() == pytest.approx([0.5], rel=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_ema_is_lerp_to_the_bit(dtype):
+    """What a seed gives must not depend on which of torch's functions averages."""
+    for step in (0, 3, 500):
+        old, new = (holding(*normal(50, seed=seed).tolist(), dtype=dtype) for seed in (step, step + 1))
+        wanted = old.weight.detach().clone().lerp_(new.weight, 1 - 0.5 ** (64 / min(1000.0, 3.2 * (step + 1))))
+        training.update_ema(old, new, 1000.0, 64, step)
+        assert torch.equal(old.weight, wanted)
+
+
+class Normalised(nn.Module):
+    """F(x, c_noise, label) with a batch normalisation, of points in the plane."""
+
+    shape, n_classes, config = (2,), 0, {"kind": "normalised"}
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 64), nn.BatchNorm1d(64), nn.SiLU(), nn.Linear(64, 2))
+
+    def forward(self, x, c_noise, label=None):
+        return self.layers(torch.cat([20 * x, c_noise[:, None]], 1))  # far from unit variance
+
+
+def test_buffers_are_averaged_too():
+    model = Normalised().train()
+    ema = copy.deepcopy(model).eval()
+    norm, average = model.layers[1], ema.layers[1]
+    with torch.no_grad():
+        norm.running_mean.fill_(4.0)
+        norm.num_batches_tracked.fill_(7)
+    training.update_ema(ema, model, 1e9, 64, 10_000)
+    decay = 0.5 ** (64 / (0.05 * 10_001 * 64))
+    torch.testing.assert_close(average.running_mean, torch.full((64,), 4 * (1 - decay)))
+    assert int(average.num_batches_tracked) == 7
+
+
+def test_an_average_with_batch_norm_denoises_as_its_network_does():
+    """With the initial running statistics it is worse than answering 0 (mean square error 0.5 of the data's)."""
+    torch.manual_seed(0)
+    x0 = 0.5 * normal(4000, 2, dtype=torch.float32)
+    network = Normalised()
+    ema = train_denoiser(x0, network, steps=300, seed=0, progress=False)
+    live = Denoiser(network, ema.sigma_data).eval()
+    x = x0 + 0.5 * normal(4000, 2, seed=1, dtype=torch.float32)
+    wrong, right = (float((model(x, 0.5) - x0).square().mean().detach()) for model in (ema, live))
+    assert right < 0.2
+    assert wrong == pytest.approx(right, rel=0.1)
+
+
+def test_a_students_average_has_its_running_statistics():
+    torch.manual_seed(0)
+    start = Generator(Denoiser(Normalised(), 0.7), 0.5)
+    student = distill(small_ring(), start, steps=30, batch_size=64, progress=False)
+    live, average = (each.denoiser.network.layers[1].running_var for each in (student.generator, student.ema))
+    assert (live - 1).abs().mean() > 1
+    assert (average - live).abs().mean() < 0.1 * (live - 1).abs().mean()
 
 
 def test_schedule_rises_holds_and_falls_to_zero():
