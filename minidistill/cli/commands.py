@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def train(a: argparse.Namespace) -> None:
         shape, n_classes = tuple(samples.shape[1:]), 0 if labels is None else int(labels.max()) + 1
         network = unet.preset(a.preset or "tiny", shape, n_classes)
     out = Path(a.out)
-    model = checkpoints.writable(out / "teacher.safetensors")
+    model = _begin(a, "teacher.safetensors")
     steps = _steps(a)
     teacher = teachers.train_denoiser(
         samples, network, labels=labels, steps=steps, batch_size=a.batch_size, flip=cifar, accumulate=a.accumulate,
@@ -56,20 +57,21 @@ def train(a: argparse.Namespace) -> None:
     )
     if parallel.rank() == 0:
         checkpoints.save_model(model, teacher, data=a.data, steps=steps, images=steps * a.batch_size, seed=a.seed)
-        _write_history(out)
         print(f"teacher in {model}")
+        _close(out, steps)
 
 
 def distil(a: argparse.Namespace) -> None:
     _validate.choose("--objective", a.objective, OBJECTIVES)
     teacher, name = _teacher(a.teacher)
+    checksum = training.fingerprint(teacher)
     samples = labels = None
     if isinstance(teacher, GaussianMixture):
         teacher = teacher.to(torch.device(a.device))
     elif Needs.of(OBJECTIVES[a.objective]).data:
         samples, labels = _dataset(name, a.seed, a.root, a.subset)
     out = Path(a.out)
-    model = checkpoints.writable(out / "student.safetensors")
+    model = _begin(a, "student.safetensors")
     images = len(teacher.shape) == 3
     rate, critic_rate, critic_steps = (3e-4, 1e-3, 2) if images else (None, 5e-3, None)
     critic_steps = Needs.of(OBJECTIVES[a.objective]).critic_steps or critic_steps  # some need many
@@ -91,14 +93,36 @@ def distil(a: argparse.Namespace) -> None:
         checkpoints.save_model(
             model, student.ema, data=name, objective=a.objective, steps=steps, images=steps * a.batch_size, seed=a.seed,
             teacher=str(Path(a.teacher).resolve()) if Path(a.teacher).exists() else a.teacher,
+            teacher_checksum=checksum,
         )
-        _write_history(out)
         print(f"student in {model}")
+        _close(out, steps)
 
 
-def _write_history(out: Path) -> None:
+def _begin(a: argparse.Namespace, name: str) -> Path:
+    """The file in --out that the model will have. ValueError if an earlier run is there and nothing was said of it."""
+    model, state = Path(a.out) / name, Path(a.out) / "training.safetensors"
+    there = [path.name for path in (model, state) if path.exists()]
+    goes_on = a.resume and (state.exists() or not there)
+    if there and not a.force and not goes_on:
+        what = "a finished run" if model.exists() else "a run that is not finished"
+        wanted = "--force to replace it" if a.resume else "--resume to go on with it, --force to replace it"
+        raise ValueError(f"--out {a.out} holds {what} ({', '.join(there)}); wanted {wanted}, or another folder")
+    if a.resume and not there and parallel.rank() == 0:
+        print(f"minidistill: --resume: no {state.name} in {a.out}; a new run begins", file=sys.stderr)
+    return checkpoints.writable(model)
+
+
+def _close(out: Path, steps: int) -> None:
+    """Write history.json; then, the model being safe, say what went wrong: an error."""
+    state = out / "training.safetensors"
+    progress = training.progress_of(state)
     with checkpoints.atomic(out / "history.json") as path:
-        path.write_text(json.dumps(training.progress_of(out / "training.safetensors")["history"]) + "\n")
+        path.write_text(json.dumps(progress["history"]) + "\n")
+    if progress["step"] < steps:
+        raise OSError(f"{state} is of step {progress['step']} of {steps}: it could not be written at the end")
+    if problem := training.mostly_skipped(progress["step"], progress["skipped"]):
+        raise FloatingPointError(problem)
 
 
 def _steps(a: argparse.Namespace) -> int:
@@ -172,10 +196,14 @@ def _compare(model: Any, name: str, a: argparse.Namespace) -> evaluation.Compari
     images, _ = _dataset(name, a.seed, a.root, None)
     _validate.samples("the model's samples", torch.zeros(1, *model.shape), tuple(images.shape[1:]))
     if isinstance(model, Generator):
-        recorded = str(checkpoints.load_model(a.model)[1].get("teacher", ""))
+        info = checkpoints.load_model(a.model)[1]
+        recorded = str(info.get("teacher", ""))
         if not a.teacher and not checkpoints.exists(recorded):
             raise ValueError(f"--teacher: wanted the teacher's file, to measure both in one run (not {recorded!r})")
         teacher, students = _teacher(a.teacher or recorded)[0], {"student": model}
+        if info.get("teacher_checksum", now := training.fingerprint(teacher)) != now:
+            print(f"minidistill: {a.teacher or recorded} is not the teacher that {a.model} was distilled from: their "
+                  f"checksums are {now} and {info['teacher_checksum']}", file=sys.stderr)
     else:
         teacher, students = model, {}
     judge = features.extractor(a.features or f"{name}_classifier", device=a.device)

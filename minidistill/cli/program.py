@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,13 +18,16 @@ from minidistill.distributions import MIXTURES
 from minidistill.metrics import features
 from minidistill.networks import unet
 from minidistill.studies import cifar10, classifier, sweep
-from minidistill.training import parallel
+from minidistill.training import Terminated, files, parallel
 
-__all__ = ["main", "run"]
+__all__ = ["RUNS", "main", "run"]
+
+RUNS = ("quickstart", "train", "distill", "cifar10", "sweep")  # each has its --out, a folder, to itself
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 2 for a bad request, 130 after Ctrl-C."""
+    """Run one command. Returns the exit code: 0, 2 for a bad request or a run that failed, 130 after Ctrl-C, 143 after
+    SIGTERM, 129 after SIGHUP."""
     arguments = _parser().parse_args(argv)
     arguments.argv = list(sys.argv[1:] if argv is None else argv)
 
@@ -31,7 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.device = _device(arguments.device)
         _validate.whole("--seed", arguments.seed, least=0)
         arguments.device = str(parallel.start(arguments.device))
-        arguments.command(arguments)
+        with ExitStack() as stack:
+            if arguments.program in RUNS and parallel.rank() == 0:
+                stack.enter_context(files.hold(arguments.out))
+            arguments.command(arguments)
 
     return run("minidistill", command)
 
@@ -43,6 +50,9 @@ def run(program: str, command: Callable[[], None]) -> int:
     except KeyboardInterrupt as stop:
         print(f"{program}: {str(stop) or 'stopped'}", file=sys.stderr)
         return 130
+    except Terminated as stop:
+        print(f"{program}: {stop}", file=sys.stderr)
+        return int(stop.code or 0)
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -69,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Any, about: str, example: str, out: str | None) -> argparse.ArgumentParser:
         sub = subparsers.add_parser(name, help=about, description=about, epilog=f"example: minidistill {example}")
-        sub.set_defaults(command=run)
+        sub.set_defaults(command=run, program=name)
         sub.add_argument("--out", default=out, help=f"where to write (default {out or 'nowhere'})")
         sub.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
         sub.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
@@ -146,5 +156,7 @@ def _training_options(sub: argparse.ArgumentParser) -> None:
     add("--subset", type=int, help="use so many CIFAR-10 images only, the same number of each class")
     add("--log-every", type=int, default=50, help="steps between records of the loss in history.json")
     add("--checkpoint-every", type=int, default=500, help="steps between checkpoints")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    earlier = sub.add_mutually_exclusive_group()
+    earlier.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    earlier.add_argument("--force", action="store_true", help="begin anew, over the run that is in --out")
 
