@@ -139,12 +139,12 @@ def _header(path: Path, file: BinaryIO, kind: str | None) -> tuple[bytes, Header
         fields = json.loads(text[8:])
         info = fields.pop("__metadata__", {})
         layout = {name: (tuple(each["shape"]), "F" in each["dtype"]) for name, each in fields.items()}
-        end = max([each["data_offsets"][1] for each in fields.values()], default=0)
+        told = len(text) + max([each["data_offsets"][1] for each in fields.values()], default=0)
         good = all(isinstance(value, str) for value in info.values())
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({type(error).__name__})") from error
-    if len(text) + end != size:
-        raise ValueError(f"{path} is truncated or corrupt: {size} bytes, where its header tells of {len(text) + end}")
+    if told != size:
+        raise ValueError(f"{path} is truncated or corrupt: {size} bytes, where its header tells of {told}")
     if not good or not {"checksum", "crc32"} & info.keys() or "kind" not in info:
         raise ValueError(f"{path} was not written by minidistill")
     if "checksum" in info and _header_checksum(text, info["checksum"]) != info["checksum"][:8]:
@@ -204,7 +204,7 @@ def check_finite(where: str | Path, tensors: Mapping[str, Tensor], error: type[E
         return
     bad = [name for name, value in floating.items() if not bool(value.isfinite().all())]
     if bad:
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        more = f" (as {len(bad) - 1} others)" if len(bad) > 1 else ""
         raise error(f"{where}: {bad[0]}{more} has NaN or infinite values; wanted finite numbers")
 
 
@@ -225,7 +225,7 @@ def malformed(path: str | Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
-        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{path} is malformed ({said[:300]})") from error
 
 
