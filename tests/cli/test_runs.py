@@ -35,8 +35,8 @@ def test_a_finished_folder_is_refused_without_resume_or_force(tmp_path, command,
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     capsys.readouterr()
     assert main([*command, "--seed", "1"]) == 2
-    assert complaint(capsys) == [f"--out {tmp_path} holds a finished run ({name}, training.safetensors); wanted --resume to "
-                                 "go on with it, --force to replace it, or another folder"]
+    assert complaint(capsys) == [f"--out {tmp_path} holds a finished run ({name}, training.safetensors); wanted "
+                                 "--resume to go on with it, --force to replace it, or another folder"]
     assert main([*command, "--resume"]) == 0
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert main([*command, "--seed", "1", "--force"]) == 0
@@ -137,7 +137,7 @@ def test_the_exit_code_tells_the_signal(tmp_path, name, code, monkeypatch, capsy
     assert complaint(capsys) == [f"stopped at step 1 of 6; saved in {tmp_path / 'training.safetensors'}"]
 
 
-@pytest.mark.parametrize("how", [["-m", "minidistill"], ["-c", "from minidistill.__main__ import main as m; exit(m())"]])
+@pytest.mark.parametrize("how", [["-m", "minidistill"], ["-c", "from minidistill.__main__ import main; exit(main())"]])
 def test_ctrl_c_while_everything_is_imported_ends_with_a_word(tmp_path, how):
     """In place of torch's import, the first of those that take seconds, the interrupt comes."""
     (tmp_path / "torch.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
@@ -148,7 +148,8 @@ def test_ctrl_c_while_everything_is_imported_ends_with_a_word(tmp_path, how):
 
 def test_the_top_level_is_loaded_when_it_is_asked_for():
     code = ("import sys, minidistill; assert 'torch' not in sys.modules; from minidistill import *; "
-            "assert distill and ring and minidistill.metrics.mode_coverage; print(sorted(set(minidistill.__all__) - {*dir()}))")
+            "assert distill and ring and minidistill.metrics.mode_coverage; "
+            "print(sorted(set(minidistill.__all__) - {*dir()}))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.stdout.strip() == "[]", done.stderr

@@ -73,8 +73,8 @@ def test_a_second_run_in_a_folder_is_refused_in_a_line_that_names_the_first(tmp_
     with files.hold(folder):
         with pytest.raises(BlockingIOError) as caught, files.hold(folder):
             pass
-        said = str(caught.value)
-        assert said.startswith(f"{folder} is in use by another run: process {os.getpid()} on {socket.gethostname()}, since ")
+        said, me = str(caught.value), f"process {os.getpid()} on {socket.gethostname()}"
+        assert said.startswith(f"{folder} is in use by another run: {me}, since ")
         assert "\n" not in said
     assert not folder.exists()  # made for nothing, so removed
     with files.hold(tmp_path), files.hold(tmp_path, "other"):  # a file in it is another matter

@@ -1,6 +1,7 @@
 """What becomes of a run: numbers recorded, signals, explosions, disks that are full, resumption with something else."""
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -53,8 +54,8 @@ def test_numbers_of_any_library_are_recorded_as_plain_ones(tmp_path, number):
 @pytest.mark.parametrize(("returned", "said"), [
     ({"curve": [1.0]}, "'curve', which a callback returned, is list; wanted a number"),
     ({"curve": torch.ones(2)}, r"'curve', .* is Tensor of shape \(2,\)"), ({"curve": "low"}, "'curve'"),
-    ({"curve": None}, "'curve'"), ({"curve": 1j}, "'curve'"), ({3: 0.5}, "the key 3"), (0.5, "a callback returned float"),
-    ([], "a callback returned list"),
+    ({"curve": None}, "'curve'"), ({"curve": 1j}, "'curve'"), ({3: 0.5}, "the key 3"),
+    (0.5, "a callback returned float"), ([], "a callback returned list"),
 ])
 def test_what_is_no_number_is_an_error_when_it_is_returned(tmp_path, returned, said):
     """Not hundreds of steps later, when it can't be written."""
@@ -112,7 +113,7 @@ def test_a_run_can_go_on_on_another_device_and_says_so(tmp_path, old):
     assert other.step == 7
     assert states_equal(other.modules["net"].state_dict(), saved.modules["net"].state_dict())
     again = toy_state()
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="goes on on cpu"):
         training.load_state(file, again)
     assert torch.equal(again.rng.get_state(), other.rng.get_state())  # the same for the same file
 
@@ -249,7 +250,8 @@ def test_signals_finish_the_step_save_and_end(tmp_path, name, code):
 
 
 def test_only_a_second_ctrl_c_cuts_a_step_short(monkeypatch):
-    monkeypatch.setattr(training.signals.time, "monotonic", lambda clock=iter(range(100)): 10.0 * next(clock))
+    clock = itertools.count(step=10.0)
+    monkeypatch.setattr(training.signals.time, "monotonic", lambda: next(clock))
     with training.signals.asked_to_stop() as asked:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
             signal.raise_signal(number)
@@ -383,13 +385,13 @@ def test_a_save_that_fails_is_warned_of_and_tried_again(tmp_path, disk):
     def callback(state):
         disk.full = state.step in (10, 15)
 
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match="could not be written") as warned:
         state = training.fit(toy_state(), toy_update, 20, progress=False, checkpoint=file, checkpoint_every=5,
                              callbacks=[callback], callback_every=5)
     assert state.step == 20
     assert [str(each.message) for each in warned] == [
-        f"{file} could not be written at step {step} (No space left on device); the run goes on, and tries again at its "
-        "next checkpoint" for step in (10, 15)]
+        f"{file} could not be written at step {step} (No space left on device); the run goes on, and tries again at "
+        "its next checkpoint" for step in (10, 15)]
     assert training.progress_of(file)["step"] == 20
     assert [path.name for path in tmp_path.iterdir()] == ["run.safetensors"]
 
