@@ -162,7 +162,7 @@ def with_workers(out):
 def hold_forever(folder):
     with files.hold(folder):
         if os.fork() == 0:
-            time.sleep(60)  # a fork that outlives the run has no part in its lock
+            time.sleep(20)  # a fork that outlives the run has no part in its lock
             os._exit(0)
         (Path(folder) / "held").touch()
         time.sleep(60)
