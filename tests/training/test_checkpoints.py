@@ -51,6 +51,18 @@ def test_equal_content_makes_equal_files(tmp_path):
     assert torch.equal(tensors["a"], torch.arange(3))
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_a_model_in_half_precision_comes_back_rounded(tmp_path, half):
+    torch.manual_seed(0)
+    model, file = Denoiser(UNet((1, 8, 8), 32, (1, 2), 1), 0.5), tmp_path / "model.safetensors"
+    assert checkpoints.save_model(file, model, half=half, seed=3) == file
+    loaded, info = checkpoints.load_model(file)
+    assert info == {"seed": 3}
+    for a, b in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=2**-10 if half else 0, atol=2**-24 if half else 0)  # float16's rounding
+
+
 def test_files_written_in_the_old_way_are_read(tmp_path):
     file, model = tmp_path / "old.safetensors", small_denoiser()
     recipe = json.dumps({"network": model.network.config, "sigma_data": 0.7, "info": {"note": "old"}})
