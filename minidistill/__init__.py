@@ -17,13 +17,40 @@
     plotting, scale   for notebooks: figures, and how much work one does
     studies/          programs that make what is under figures/
     cli/              the command line
+
+What stands here is loaded when it is first asked for, so that the command line can begin, and be interrupted, at once.
 """
 
-from minidistill.distillation import OBJECTIVES, Distilled, distill
-from minidistill.distributions import GaussianMixture, grid, ring, two_moons
-from minidistill.teachers import train_denoiser
+from __future__ import annotations
+
+from importlib import import_module, util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minidistill.distillation import OBJECTIVES, Distilled, distill
+    from minidistill.distributions import GaussianMixture, grid, ring, two_moons
+    from minidistill.teachers import train_denoiser
 
 __version__ = "0.1.0"
 __all__ = [
     "OBJECTIVES", "Distilled", "GaussianMixture", "distill", "grid", "ring", "train_denoiser", "two_moons",
 ]
+
+_ROOMS = {
+    "distillation": ("OBJECTIVES", "Distilled", "distill"),
+    "distributions": ("GaussianMixture", "grid", "ring", "two_moons"),
+    "teachers": ("train_denoiser",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for room, names in _ROOMS.items():
+        if name in names:
+            return getattr(import_module(f"minidistill.{room}"), name)
+    if not name.startswith("_") and util.find_spec(f"minidistill.{name}"):
+        return import_module(f"minidistill.{name}")
+    raise AttributeError(f"module 'minidistill' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -12,14 +12,14 @@ from minidistill.samplers import karras_sigmas
 
 
 class LargestTensor(TorchDispatchMode):
-    """`elements`: how many the largest tensor has that is made inside the `with`."""
+    """`elements`: how many the largest tensor has that is made inside the `with` and takes memory."""
 
     elements = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for t in out if isinstance(out, (tuple, list)) else [out]:
-            fresh = isinstance(t, torch.Tensor) and all(
+            fresh = isinstance(t, torch.Tensor) and t.device.type != "meta" and all(
                 not isinstance(a, torch.Tensor) or a.untyped_storage().data_ptr() != t.untyped_storage().data_ptr()
                 for a in args)
             self.elements = max(self.elements, t.numel()) if fresh else self.elements

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +58,7 @@ def train(a: argparse.Namespace) -> None:
         except ValueError as error:
             raise ValueError(f"{error}{'; --size N makes images N x N' if own else ''}") from error
     out = Path(a.out)
-    model = checkpoints.writable(out / "teacher.safetensors")
+    model = _begin(a, "teacher.safetensors")
     steps = _steps(a)
     teacher = teachers.train_denoiser(
         samples, network, labels=labels, steps=steps, batch_size=a.batch_size, flip=cifar, accumulate=a.accumulate,
@@ -68,14 +69,14 @@ def train(a: argparse.Namespace) -> None:
     if parallel.rank() == 0:
         checkpoints.save_model(model, teacher, data=name, steps=steps, images=steps * a.batch_size, seed=a.seed,
                                **_size(a.size))
-        _write_history(out)
         print(f"teacher in {model}")
+        _close(out, steps)
 
 
 def distil(a: argparse.Namespace) -> None:
     _validate.choose("--objective", a.objective, OBJECTIVES)
     teacher, info = _teacher("--teacher", a.teacher)
-    name, size = _place(_or(a.data, info["data"])), info.get("size")
+    name, size, checksum = _place(_or(a.data, info["data"])), info.get("size"), training.fingerprint(teacher)
     samples = labels = None
     if isinstance(teacher, GaussianMixture):
         _refuse(a, ("data", "root", "subset"), f"real samples come from {a.teacher} itself")
@@ -85,7 +86,7 @@ def distil(a: argparse.Namespace) -> None:
     else:
         _refuse(a, ("data", "root", "subset"), f"{a.objective} looks at no real samples")
     out = Path(a.out)
-    model = checkpoints.writable(out / "student.safetensors")
+    model = _begin(a, "student.safetensors")
     images = len(teacher.shape) == 3
     rate, critic_rate, critic_steps = (3e-4, 1e-3, 2) if images else (None, 5e-3, None)
     critic_steps = Needs.of(OBJECTIVES[a.objective]).critic_steps or critic_steps  # some need many
@@ -106,15 +107,37 @@ def distil(a: argparse.Namespace) -> None:
     if parallel.rank() == 0:
         checkpoints.save_model(
             model, student.ema, data=name, objective=a.objective, steps=steps, images=steps * a.batch_size, seed=a.seed,
-            teacher=str(Path(a.teacher).resolve()) if Path(a.teacher).exists() else a.teacher, **_size(size),
+            teacher=str(Path(a.teacher).resolve()) if Path(a.teacher).exists() else a.teacher,
+            teacher_checksum=checksum, **_size(size),
         )
-        _write_history(out)
         print(f"student in {model}")
+        _close(out, steps)
 
 
-def _write_history(out: Path) -> None:
+def _begin(a: argparse.Namespace, name: str) -> Path:
+    """The file in --out that the model will have. ValueError if an earlier run is there and nothing was said of it."""
+    model, state = Path(a.out) / name, Path(a.out) / "training.safetensors"
+    there = [path.name for path in (model, state) if path.exists()]
+    goes_on = a.resume and (state.exists() or not there)
+    if there and not a.force and not goes_on:
+        what = "a finished run" if model.exists() else "a run that is not finished"
+        wanted = "--force to replace it" if a.resume else "--resume to go on with it, --force to replace it"
+        raise ValueError(f"--out {a.out} holds {what} ({', '.join(there)}); wanted {wanted}, or another folder")
+    if a.resume and not there and parallel.rank() == 0:
+        print(f"minidistill: --resume: no {state.name} in {a.out}; a new run begins", file=sys.stderr)
+    return checkpoints.writable(model)
+
+
+def _close(out: Path, steps: int) -> None:
+    """Write history.json; then, the model being safe, say what went wrong: an error."""
+    state = out / "training.safetensors"
+    progress = training.progress_of(state)
     with checkpoints.atomic(out / "history.json") as path:
-        path.write_text(json.dumps(training.progress_of(out / "training.safetensors")["history"]) + "\n")
+        path.write_text(json.dumps(progress["history"]) + "\n")
+    if progress["step"] < steps:
+        raise OSError(f"{state} is of step {progress['step']} of {steps}: it could not be written at the end")
+    if problem := training.mostly_skipped(progress["step"], progress["skipped"]):
+        raise FloatingPointError(problem)
 
 
 def _steps(a: argparse.Namespace) -> int:
@@ -196,7 +219,11 @@ def _compare(model: Any, name: str, info: dict[str, Any], a: argparse.Namespace)
         recorded = str(info.get("teacher", ""))
         if not a.teacher and not checkpoints.exists(recorded):
             raise ValueError(f"--teacher: wanted the teacher's file, to measure both in one run (not {recorded!r})")
-        teacher, students = _teacher("--teacher", _or(a.teacher, recorded))[0], {"student": model}
+        place = _or(a.teacher, recorded)
+        teacher, students = _teacher("--teacher", place)[0], {"student": model}
+        if info.get("teacher_checksum", now := training.fingerprint(teacher)) != now:
+            print(f"minidistill: {place} is not the teacher that {a.model} was distilled from: their checksums are "
+                  f"{now} and {info['teacher_checksum']}", file=sys.stderr)
     else:
         teacher, students = model, {}
     _check_sampler(teacher, a)

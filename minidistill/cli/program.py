@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,17 @@ from minidistill.metrics import features
 from minidistill.metrics.classifier import CIFAR10_WEIGHTS
 from minidistill.networks import unet
 from minidistill.studies import cifar10, classifier, quickstart, sweep
-from minidistill.training import parallel
+from minidistill.training import Terminated, files, parallel
 
-__all__ = ["FOLDERS", "PLACES", "main", "run"]
+__all__ = ["PLACES", "RUNS", "main", "run"]
 
 PLACES = ("out", "root", "data", "target", "teacher", "model")  # options that are paths, or may be
-FOLDERS = (commands.quickstart, commands.train, commands.distil, cifar10.cifar10, sweep.command)  # what --out is there
+RUNS = ("quickstart", "train", "distill", "cifar10", "sweep")  # each has its --out, a folder, to itself
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 2 for a bad request, 130 after Ctrl-C."""
+    """Run one command. Returns the exit code: 0, 2 for a bad request or a run that failed, 130 after Ctrl-C, 143 after
+    SIGTERM, 129 after SIGHUP."""
     arguments = _parser().parse_args(argv)
     arguments.argv = list(sys.argv[1:] if argv is None else argv)
 
@@ -38,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.device = _device(arguments.device)
         _validate.seed("--seed", arguments.seed)
         arguments.device = str(parallel.start(arguments.device))
-        arguments.command(arguments)
+        with ExitStack() as stack:
+            if arguments.program in RUNS and parallel.rank() == 0:
+                stack.enter_context(files.hold(arguments.out))
+            arguments.command(arguments)
 
     return run("minidistill", command)
 
@@ -50,6 +55,9 @@ def run(program: str, command: Callable[[], None]) -> int:
     except KeyboardInterrupt as stop:
         print(f"{program}: {str(stop) or 'stopped'}", file=sys.stderr)
         return 130
+    except Terminated as stop:
+        print(f"{program}: {stop}", file=sys.stderr)
+        return int(stop.code or 0)
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError, RuntimeError, MemoryError) as error:
         print(f"{program}: {_in_one_line(error)}", file=sys.stderr)
         return 2
@@ -88,7 +96,7 @@ def _look_at_places(arguments: argparse.Namespace) -> None:
             setattr(arguments, name, os.path.expanduser(value))
     if arguments.out is not None:
         out = Path(arguments.out)
-        for place in (out, *out.parents) if arguments.command in FOLDERS else out.parents:
+        for place in (out, *out.parents) if arguments.program in RUNS else out.parents:
             if place.exists() and not place.is_dir():
                 raise NotADirectoryError(f"--out {arguments.out}: {place} is a file; wanted a folder there")
 
@@ -111,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run: Any, about: str, example: str, out: str | None) -> argparse.ArgumentParser:
         sub = subparsers.add_parser(name, help=about, description=about, epilog=f"example: minidistill {example}",
                                     formatter_class=_Help)
-        sub.set_defaults(command=run)
+        sub.set_defaults(command=run, program=name)
         sub.add_argument("--out", default=out, help=f"where to write{'' if out else ' (default nowhere)'}")
         sub.add_argument("--seed", type=int, default=0, help="of everything random")
         sub.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
@@ -204,4 +212,7 @@ def _training_options(sub: argparse.ArgumentParser, rates: str) -> None:
     add("--subset", type=int, help="so many CIFAR-10 images only, the same number of each class (default all)")
     add("--log-every", type=int, default=50, help="steps between records of the loss in history.json")
     add("--checkpoint-every", type=int, default=500, help="steps between checkpoints")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    earlier = sub.add_mutually_exclusive_group()
+    earlier.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    earlier.add_argument("--force", action="store_true", help="begin anew, over the run that is in --out")
+

@@ -164,7 +164,9 @@ def distill(
         if isinstance(objective, str):
             name = told = objective
         config = {
-            "run": "distillation", "objective": told,
+            "run": "distillation", "objective": told, "teacher": training.fingerprint(teacher),
+            "data": training.fingerprint(data), "labels": training.fingerprint(labels),
+            "second_teacher": training.fingerprint(second_teacher),
             "network": getattr(network, "config", type(network).__name__), **settings.config(),
         }
         return train(

@@ -163,7 +163,8 @@ def train_cifar10_classifier(
         return {"loss": loss.detach()}
 
     config = {"images": list(images.shape), "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate,
-              "seed": seed, "network": model.config}
+              "seed": seed, "network": model.config,
+              "checksums": {"images": training.fingerprint(images), "labels": training.fingerprint(labels)}}
     training.fit(training.State({"net": model}, {"net": optimizer}, rng, config), update, steps,
                  **{"progress": progress, "description": "classifier", **fit_options})
     return model.folded()
@@ -180,7 +181,7 @@ def augment(images: Tensor, rng: torch.Generator, reach: int = 4) -> Tensor:
 
 def save(path: str | Path, model: ConvClassifier, **info: Any) -> None:
     """A folded classifier to one file, in float16, with `info` beside it as JSON."""
-    weights = {name: value.half() for name, value in model.state_dict().items()}
+    weights = checkpoints.halved(path, model.state_dict())
     recipe = json.dumps({"network": model.config, "info": info})
     checkpoints.write(checkpoints.writable(path), weights, {"kind": "classifier", "recipe": recipe})
 
@@ -189,12 +190,9 @@ def load(path: str | Path) -> ConvClassifier:
     """A classifier that `save` wrote, in float32, eval mode and frozen; its `info` says how it was made.
 
     Raises FileNotFoundError, or ValueError for a file that is corrupt, of another kind or another architecture."""
-    weights, header = checkpoints.read(path, kind="classifier")
-    recipe = json.loads(header["recipe"])
-    model = ConvClassifier(**recipe["network"])
-    checkpoints.check_weights(path, "classifier", weights, model)
-    model.load_state_dict(weights)
-    model.info = recipe["info"]
+    model, recipe, _ = checkpoints.load_network(path, ["classifier"], lambda config: ConvClassifier(**config))
+    with checkpoints.malformed(path):
+        model.info = dict(recipe["info"])
     return model.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
 
 

@@ -1,8 +1,8 @@
 """CIFAR-10 on one GPU in commands of a few minutes: `minidistill cifar10 --minutes 9 --out DIR`.
 
 Every call carries on from what the last one left in DIR, and leaves there, whatever happens: the full training state
-(to go on exactly), the averaged weights in float16, cut into files below 16 MiB (to keep, and to go on from when
-the state was too large to bring home), a grid of samples, and a line in results.json with hardware, images
+(to go on exactly), the averaged weights in float16 (to keep, and to go on from when the state was too large to
+bring home), a grid of samples, and a line in results.json with hardware, images
 seen, throughput and metrics. The same command runs on a CPU, with `--preset tiny --subset 5000`.
 """
 
@@ -27,9 +27,8 @@ from minidistill.networks import Denoiser, Generator, unet
 from minidistill.score_matching import denoising_loss, edm_weight, log_normal_sigma
 from minidistill.training import Speed, checkpoints
 
-__all__ = ["ENDLESS", "LIMIT", "SPEEDS", "cifar10", "hardware", "options", "throughput"]
+__all__ = ["ENDLESS", "SPEEDS", "cifar10", "hardware", "options", "throughput"]
 
-LIMIT = 15 * 2**20  # bytes a file
 ENDLESS = 10**9  # images: the learning rate stays constant, and the average of the weights does the annealing
 SPEEDS = {
     "float32": Speed(),
@@ -83,7 +82,7 @@ def _teacher(
 
     def export(now: training.State) -> dict[str, float]:
         total = before + (now.step - first) * a.batch_size
-        checkpoints.save_model(file, now.modules["ema"], half=True, limit=LIMIT, data="cifar10", images=total)  # type: ignore[arg-type]
+        checkpoints.save_model(file, now.modules["ema"], half=True, data="cifar10", images=total)  # type: ignore[arg-type]
         return {"images_total": total}
 
     teachers.train_denoiser(
@@ -109,7 +108,7 @@ def _student(
 
     def export(now: training.State) -> dict[str, float]:
         total = before + (now.step - first) * a.batch_size
-        checkpoints.save_model(file, now.modules["ema"], half=True, limit=LIMIT, data="cifar10",  # type: ignore[arg-type]
+        checkpoints.save_model(file, now.modules["ema"], half=True, data="cifar10",  # type: ignore[arg-type]
                                objective=a.objective, images=total)
         return {"images_total": total}
 

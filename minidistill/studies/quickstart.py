@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import platform
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from minidistill.metrics import classifier
 from minidistill.networks import MLP, Generator
 from minidistill.studies.spawned import main_hidden
 from minidistill.training import checkpoints
+from minidistill.training.parallel import workers
 
 __all__ = [
     "DIGITS_N", "DIGITS_STEPS", "DIGITS_TEACHER_STEPS", "NAMES", "RING_N", "RING_OBJECTIVES", "RING_STEPS",
@@ -164,7 +164,7 @@ def _run(jobs: list[tuple[Any, ...]], parallel: bool) -> list[dict[str, Any]]:
         return [job(*arguments) for job, *arguments in jobs]
     context = multiprocessing.get_context("spawn")
     lines = context.Value("i", 0)
-    with ProcessPoolExecutor(2, mp_context=context, initializer=_worker, initargs=(lines, context.RLock())) as pool:
+    with workers(2, _worker, (lines, context.RLock())) as pool:
         with main_hidden():
             futures = [pool.submit(*job) for job in jobs]
         return [future.result() for future in futures]

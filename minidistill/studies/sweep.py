@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +41,7 @@ from minidistill.studies import cifar10
 from minidistill.studies.spawned import main_hidden
 from minidistill.teachers import train_denoiser
 from minidistill.teachers.closed_form import EmpiricalTeacher
-from minidistill.training import checkpoints
+from minidistill.training import checkpoints, parallel
 
 __all__ = [
     "BARE_L2", "FROM_SIM", "KEPT", "N", "RADIUS", "STEPS", "STUDIES", "TARGETS", "RatioQuality", "Stored", "Trial",
@@ -293,8 +292,7 @@ def sweep(
             if (job := (study, name, seed)) not in have]
     order = {key: i for i, key in enumerate((study, name) for study in STUDIES for name in STUDIES[study])}
     about = {"hardware": cifar10.hardware("cpu"), "torch": torch.__version__, "workers": workers}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with parallel.workers(workers, torch.set_num_threads, (1,)) as pool:
         with main_hidden():
             futures = [pool.submit(run, *job, at_most) for job in jobs]
         for future in tqdm(as_completed(futures), total=len(jobs), desc="sweep", unit="run"):

@@ -108,6 +108,8 @@ def distil_energy(
     _validate.fits(network, tuple(data.shape[1:]), n_classes)
     if data.is_floating_point():
         data = data.to(torch.get_default_dtype())
+    given = {"teacher": teacher, "data": data, "labels": labels}
+    checksums = {name: training.fingerprint(each) for name, each in given.items()}
     data, labels = data.to(device), None if labels is None else labels.to(device)
     sigma_data = float(to_float(data[:10_000]).std())
     student = EnergyDenoiser(network.to(device).train(), sigma_data)
@@ -131,7 +133,7 @@ def distil_energy(
     config = {
         "run": "energy", "network": getattr(network, "config", None), "data": [*data.shape], "sigma_data": sigma_data,
         "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "sigma": [sigma_min, sigma_max],
-        "ema_halflife": ema_halflife, "clip": clip, "seed": seed,
+        "ema_halflife": ema_halflife, "clip": clip, "seed": seed, "checksums": checksums,
     }
     state = training.State({"net": student, "ema": ema}, {"net": optimizer}, rng, config)
     training.fit(state, update, steps, batch_size=batch_size, **({"description": "energy"} | fit_options))

@@ -92,6 +92,7 @@ def train_denoiser(
     _validate.fits(network, tuple(data.shape[1:]), n_classes)
     if data.is_floating_point():
         data = data.to(torch.get_default_dtype())  # the networks' own
+    checksums = {"data": training.fingerprint(data), "labels": training.fingerprint(labels)}
     data, labels = data.to(device), None if labels is None else labels.to(device)
     sigma_data = _standard_deviation(data)
     denoiser = Denoiser(network.to(device).train(), sigma_data)
@@ -128,6 +129,7 @@ def train_denoiser(
         "run": "denoiser", "network": network.config, "data": [*data.shape], "sigma_data": sigma_data, "steps": steps,
         "batch_size": batch_size, "learning_rate": learning_rate, "sigma": [sigma_mean, sigma_std],
         "ema_halflife": ema_halflife, "clip": clip, "warmup": warmup, "hold": hold, "flip": flip, "seed": seed,
+        "checksums": checksums,
     }
     if drop_label:
         config["drop_label"] = drop_label

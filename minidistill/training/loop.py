@@ -1,4 +1,4 @@
-"""The one training loop: progress bar, callbacks, checkpoints, exact resume, Ctrl-C, time budgets.
+"""The one training loop: progress bar, callbacks, checkpoints, exact resume, signals, time budgets.
 
 A run is a `State`; what one step does is a function `update(state) -> losses`, written by whoever trains it
 (`teachers/learned.py`, `distillation/loop.py`). `fit` repeats it and looks after everything else.
@@ -7,30 +7,36 @@ A run is a `State`; what one step does is a function `update(state) -> losses`, 
 from __future__ import annotations
 
 import math
+import random
 import signal
-import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from minidistill import _validate
-from minidistill.training import checkpoints, parallel
-from minidistill.training.state import State, load_state, save_state
+from minidistill.training import checkpoints, files, parallel, plain, signals
+from minidistill.training.state import State, check_state, load_state, save_state
 
-__all__ = ["AGREE_EVERY", "PATIENCE", "Callback", "Update", "bar_options", "fit"]
+__all__ = [
+    "AGREE_EVERY", "AGREE_SECONDS", "PATIENCE", "Callback", "Update", "bar_options", "fit", "mostly_skipped",
+]
 
 #: Extra arguments of every progress bar; a worker process puts its own line here.
 bar_options: dict[str, Any] = {}
 
 PATIENCE = 20  # so many skipped updates in a row end the run
 
-AGREE_EVERY = 5  # several processes ask each other this often whether one of them was told to stop
+#: Several processes ask each other whether one of them was told to stop, at the latest after so many steps, and sooner
+#: where steps are slow: a launcher that has been told to stop kills after 30 seconds.
+AGREE_EVERY, AGREE_SECONDS = 5, 2.0
 
 Update = Callable[[State], dict[str, Tensor]]
 
@@ -56,102 +62,167 @@ def fit(
     """Call `update(state)` until `state.step == steps`, or until `minutes` have passed.
 
     Losses are logged to `state.history` every `log_every` steps; each callback is called every `callback_every`
-    steps and at the end, and what it returns is added to the history too. With `batch_size`, records and bar also count
-    the samples seen. With `checkpoint`, the whole state is written there every `checkpoint_every` steps, at the
-    end and on Ctrl-C (which lets the step finish, saves, and then raises KeyboardInterrupt); with `resume`, it is read
-    back first if the file is there. Of several processes (`parallel.py`) only number 0 writes and calls callbacks.
+    steps and at the end, and the numbers it returns join the history as plain ones. With `batch_size`, records and bar
+    also count the samples seen. With `checkpoint`, the whole state is written there every `checkpoint_every` steps, at
+    the end and when a signal (Ctrl-C, SIGTERM, SIGHUP) asks the run to stop: it finishes the step, saves, and raises
+    KeyboardInterrupt or `Terminated`. With `resume`, it is read back first if the file is there, which is this run's
+    alone until `fit` returns. Of several processes (`parallel.py`) only number 0 writes and calls callbacks, however
+    long that takes. A save that fails is warned of, and the run goes on.
 
-    An entry "skipped" of what `update` returns (as `optimizer_step`'s) says whether the step was left out.
+    An entry "skipped" of what `update` returns (as `optimizer_step`'s) says whether the step was left out. A state is
+    not saved while they are, nor with a NaN or an infinity in it: the last good file stays.
+
+    `random` and NumPy's global generator are seeded from `state.rng` while the run lasts, and then put back.
 
     Raises:
         ValueError: bad counts, or a checkpoint that is corrupt or of another run.
-        FloatingPointError: a loss became NaN or infinite and was not skipped, or 20 steps in a row were; the last
-            checkpoint stays as it was.
+        TypeError: a callback returned something else than numbers, or the config holds something else.
+        BlockingIOError: another run writes that checkpoint.
+        FloatingPointError: a loss became NaN or infinite and was not skipped, or 20 steps in a row were, or the last
+            two; or weights are no longer finite.
     """
     for name, value in (("steps", steps), ("log_every", log_every), ("callback_every", callback_every),
                         ("checkpoint_every", checkpoint_every)):
         _validate.whole(name, value, least=0 if name == "steps" else 1)
     if minutes is not None:
         _validate.positive("minutes", minutes)
-    deadline = time.monotonic() + 60 * (minutes if minutes is not None else math.inf)
-    device, main = state.rng.device, parallel.rank() == 0
+    main, size = parallel.rank() == 0, batch_size or 1
     path = None if checkpoint is None else checkpoints.writable(checkpoint)
-    if path is not None and resume and path.exists():
-        load_state(path, state)
-    size = batch_size or 1
-    bar = tqdm(
-        total=steps * size, initial=state.step * size, disable=not progress or not main, desc=description,
-        **({"unit": "sample", "unit_scale": True} if batch_size else {}), **bar_options,
-    )
-    skipped, in_a_row = torch.zeros((), device=device), torch.zeros((), device=device)
-    with bar, _sigint() as stopped:
+    with ExitStack() as stack:
+        if path is not None:
+            plain.plain("config", state.config)  # what can't be written is better known now
+            if main:
+                stack.enter_context(files.hold(path.parent, path.name))
+        parallel.meet()
+        stack.enter_context(_seeded(state.rng.initial_seed()))
+        if path is not None and resume and path.exists():
+            load_state(path, state)
+        bar = stack.enter_context(tqdm(
+            total=steps * size, initial=state.step * size, disable=not progress or not main, desc=description,
+            **({"unit": "sample", "unit_scale": True} if batch_size else {}), **bar_options,
+        ))
+        ending = _Ending(stack.enter_context(signals.asked_to_stop()), minutes, state)
+        health = _Health(state.rng.device)
         while state.step < steps:
             losses = update(state)
             state.step += 1
             bar.update(size)
-            bad = losses.pop("skipped", torch.zeros((), device=device))  # added up on the device: no waiting for it
-            skipped, in_a_row = skipped + bad, (in_a_row + bad) * bad
-            last, stopping, over = state.step == steps, stopped.is_set(), time.monotonic() > deadline
-            if parallel.world() > 1:  # all must leave the loop at the same step
-                agree = state.step % AGREE_EVERY == 0
-                stopping, over = (agree and parallel.any_of(flag, device) for flag in (stopping, over))
-            last = last or over
+            health.add(losses.pop("skipped", None))
+            asked, over = ending.now(state.step, last=state.step == steps)
+            last = over or state.step == steps
+            saving = path is not None and bool(last or asked or state.step % checkpoint_every == 0)
+            calling = bool(callbacks) and (last or state.step % callback_every == 0)
             record: dict[str, float] = {}
-            saving = path is not None and (state.step % checkpoint_every == 0 or last or stopping)
-            if state.step % log_every == 0 or last or saving or stopping:  # a state with NaNs is never saved
-                record = parallel.mean(losses | {"skipped": skipped}, device)
-                record = _checked(record, state, int(in_a_row))
-                skipped = torch.zeros_like(skipped)
-            if main and (state.step % callback_every == 0 or last):
-                for callback in callbacks:
-                    record |= callback(state) or {}
+            if saving or last or asked or state.step % log_every == 0:
+                record = health.look(losses, state, ends=last and not asked)
+            if saving or last:
+                check_state(state)
+            for callback in callbacks if calling and main else ():
+                record |= plain.record(callback(state))
             if record:
                 seen = {"images": state.step * batch_size} if batch_size else {}
                 state.history.append({"step": state.step, **seen, **record})
                 bar.set_postfix({name: f"{value:.3g}" for name, value in record.items()})
-            if path is not None and saving and main:
-                save_state(path, state)
-            if stopping or (state.step == steps and stopped.is_set()):
-                saved = f"; saved in {path}" if path else ""
-                raise KeyboardInterrupt(f"stopped at step {state.step} of {steps}{saved}")
+            outcome = _save(path, state, health, bool(last or asked)) if path is not None and saving and main else ""
+            if calling or saving:
+                parallel.meet()  # the others wait for number 0, which may take long
+            if asked:
+                raise signals.interruption(asked, f"stopped at step {state.step} of {steps}{outcome}")
             if over:
                 break
+    if main and (problem := mostly_skipped(state.step, state.skipped)):
+        warnings.warn(problem, stacklevel=2)
     return state
 
 
-def _checked(record: dict[str, float], state: State, in_a_row: int) -> dict[str, float]:
-    """The record without what is not finite, which is tolerated only while updates are skipped now and then."""
-    new = round(record.pop("skipped"))
-    state.skipped += new
-    bad = [name for name, value in record.items() if not math.isfinite(value)]
-    if (bad and not in_a_row) or in_a_row >= min(PATIENCE, state.step):
-        what = ", ".join(bad) or "the gradient"
-        length = f" ({in_a_row} updates in a row were skipped)" if in_a_row else ""
-        raise FloatingPointError(f"{what} is not finite at step {state.step}{length}; try a lower learning rate")
-    kept = {name: value for name, value in record.items() if name not in bad}
-    return kept | ({"skipped": float(state.skipped)} if state.skipped else {})
+def mostly_skipped(step: int, skipped: int) -> str:
+    """What is wrong with a run of which most updates were skipped; "" for others."""
+    wrong = "updates were skipped, since their gradients were not finite; what came of it is not to be trusted"
+    return f"{skipped} of {step} {wrong}" if 2 * skipped > step else ""
+
+
+def _save(path: Path, state: State, health: _Health, ends: bool) -> str:
+    """Save if the state is to be trusted and the disk lets us. Returns what became of it, to follow a message."""
+    if health.in_a_row and not (ends and health.good):
+        return f"; not saved, since its last {health.in_a_row} updates were skipped: {path} is as it was before"
+    try:
+        save_state(path, state)
+    except OSError as error:
+        then = "it is as it was before" if ends else "the run goes on, and tries again at its next checkpoint"
+        warnings.warn(f"{path} could not be written at step {state.step} ({error.strerror or error}); {then}",
+                      stacklevel=3)
+        return f"; not saved: {path} could not be written ({error.strerror or error})"
+    return f"; saved in {path}"
+
+
+class _Ending:
+    """Whether a run ends before its last step: asked to by a signal or a launcher's death, or its minutes are over.
+
+    Of several processes all must leave at the same step. So they ask each other, and agree when to ask again.
+    """
+
+    def __init__(self, asked: signals.Asked, minutes: float | None, state: State) -> None:
+        self.asked, self.device = asked, state.rng.device
+        self.step, self.since = state.step, time.monotonic()  # of the last agreement
+        self.deadline = self.since + 60 * (minutes if minutes is not None else math.inf)
+        self.next = state.step + 1
+
+    def now(self, step: int, last: bool) -> tuple[int, bool]:
+        """(the number of the signal that asks for an end, or 0; whether the minutes are over)."""
+        clock = time.monotonic()
+        number = self.asked.number or (int(signal.SIGTERM) if parallel.orphaned() else 0)
+        if parallel.world() == 1:
+            return number, clock > self.deadline
+        if step < self.next and not last:
+            return 0, False
+        each = (clock - self.since) / (step - self.step)
+        first, over, slowest = parallel.largest([number, clock > self.deadline, each], self.device)
+        self.next = step + min(AGREE_EVERY, max(1, int(AGREE_SECONDS / max(slowest, 1e-9))))
+        self.step, self.since = step, clock
+        return int(first), bool(over)
+
+
+class _Health:
+    """Which updates were skipped: counted on the device, so that nobody waits for it until it is asked for.
+
+    `in_a_row`: how many were, up to the last one. `good`: whether the state may be kept, since the last update was made
+    or, if that one alone was skipped, since its loss was finite.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.none = torch.zeros((), device=device)
+        self.new, self.streak = self.none, self.none
+        self.in_a_row, self.good = 0, True
+
+    def add(self, skipped: Tensor | None) -> None:
+        bad = self.none if skipped is None else skipped
+        self.new, self.streak = self.new + bad, (self.streak + bad) * bad
+
+    def look(self, losses: dict[str, Tensor], state: State, ends: bool) -> dict[str, float]:
+        """The losses' means over processes without what is not finite, which is tolerated only while updates are
+        skipped now and then; FloatingPointError otherwise."""
+        record = parallel.mean(losses | {"skipped": self.new}, state.rng.device)
+        state.skipped += round(record.pop("skipped"))
+        self.new, self.in_a_row = self.none, int(self.streak)
+        bad = [name for name, value in record.items() if not math.isfinite(value)]
+        self.good = not self.in_a_row or (self.in_a_row == 1 and not bad)
+        if (bad and not self.in_a_row) or self.in_a_row >= min(PATIENCE, state.step) or (ends and not self.good):
+            what = ", ".join(bad) or "the gradient"
+            length = f" ({self.in_a_row} updates in a row were skipped)" if self.in_a_row else ""
+            raise FloatingPointError(f"{what} is not finite at step {state.step}{length}; try a lower learning rate")
+        kept = {name: value for name, value in record.items() if name not in bad}
+        return kept | ({"skipped": float(state.skipped)} if state.skipped else {})
 
 
 @contextmanager
-def _sigint() -> Iterator[threading.Event]:
-    """While active, the first Ctrl-C only sets the event, so that a step is never cut in half; a second one raises as
-    usual, unless it comes at once: then a launcher has passed on what the terminal had sent already."""
-    stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
-        yield stopped
-        return
-    before, first = signal.getsignal(signal.SIGINT), math.inf
-
-    def handle(signum: int, frame: object) -> None:
-        nonlocal first
-        if stopped.is_set() and time.monotonic() > first + 1:
-            raise KeyboardInterrupt
-        first = min(first, time.monotonic())
-        stopped.set()
-
-    signal.signal(signal.SIGINT, handle)
+def _seeded(seed: int) -> Iterator[None]:
+    """The generators of `random` and NumPy, which a state holds too: seeded, so that equal runs leave equal files, and
+    then put back."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
     try:
-        yield stopped
+        yield
     finally:
-        signal.signal(signal.SIGINT, before)
-
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002

@@ -3,13 +3,21 @@
 `torchrun --nproc-per-node=N -m minidistill train ...` starts N processes; a plain run is a world of one, and every
 function here then does nothing. Each process draws the random numbers of the whole batch and works on its own
 share of it: so a batch, its loss and the generator's state do not depend on how many processes there are.
+
+`workers` is for another kind of company: independent jobs that share the cores of one machine.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-from contextlib import AbstractContextManager, nullcontext
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -17,16 +25,24 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
-    "any_of", "last_only", "mean", "parts", "rank", "start", "stop", "total", "world", "wrap",
+    "TIMEOUT", "any_of", "largest", "last_only", "mean", "meet", "orphaned", "parts", "rank", "start", "stop", "total",
+    "workers", "world", "wrap",
 ]
 
+TIMEOUT = 180.0  # seconds that a process waits in an exchange for one that does not answer; see `start`
+_waiting_room: Any = None  # a group of its own, with gloo, for `meet`
+_launcher: int | None = None  # the process that started this one of several
 
-def start(device: str | torch.device = "cpu") -> torch.device:
+
+def start(device: str | torch.device = "cpu", timeout: float | None = None) -> torch.device:
     """Join the other processes if torchrun started this one. Returns the device to work on: with NCCL the GPU of
     this process's LOCAL_RANK; on CPUs, with gloo, the CPU.
 
+    timeout: seconds after which an exchange with a process that does not answer ends the run; None for the environment
+    variable MINIDISTILL_TIMEOUT, else 180. Evaluations and saves on process 0 may take longer (`meet`).
     Raises ValueError if there are more processes than GPUs.
     """
+    global _launcher
     device = torch.device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
@@ -37,15 +53,41 @@ def start(device: str | torch.device = "cpu") -> torch.device:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if not distributed.is_initialized():
-        # A process that waits for a dead one gives up after this long, if the launcher has not ended it before.
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        seconds = float(os.environ.get("MINIDISTILL_TIMEOUT", TIMEOUT)) if timeout is None else timeout
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, timeout=timedelta(seconds=seconds))
+        _launcher = os.getppid()
+    meet()
     return device
 
 
 def stop() -> None:
     """Leave the group, if there is one."""
+    global _waiting_room, _launcher
     if distributed.is_initialized():
         distributed.destroy_process_group()
+    _waiting_room = _launcher = None
+
+
+def orphaned() -> bool:
+    """Whether torchrun, which started this process, is gone: nobody would notice what becomes of it."""
+    return _launcher is not None and os.getppid() != _launcher
+
+
+def meet() -> None:
+    """Wait, however long it takes, until all processes are here: where process 0 alone evaluates or saves, the others
+    would else give up waiting for it in their next exchange. Signals are noticed meanwhile."""
+    global _waiting_room
+    if world() == 1:
+        return
+    if _waiting_room is None:
+        _waiting_room = distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+    arrived = distributed.barrier(_waiting_room, async_op=True)
+    pause = 1e-4
+    while not arrived.is_completed():  # Python's handlers run between two pauses, and not inside of a wait
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+    arrived.wait()
 
 
 def world() -> int:
@@ -101,6 +143,47 @@ def mean(values: dict[str, Tensor], device: torch.device) -> dict[str, float]:
     return dict(zip(values, (total(both) / world()).tolist(), strict=True))
 
 
+def largest(values: list[float], device: torch.device) -> list[float]:
+    """The largest of each number over processes."""
+    if world() == 1:
+        return values
+    both = torch.tensor(values, dtype=torch.float64, device=device)
+    distributed.all_reduce(both, distributed.ReduceOp.MAX)
+    return both.tolist()
+
+
 def any_of(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set in any process."""
-    return flag if world() == 1 else bool(total(torch.tensor(float(flag), device=device)) > 0)
+    return bool(largest([float(flag)], device)[0])
+
+
+@contextmanager
+def workers(
+    n: int, initializer: Callable[..., None] | None = None, initargs: tuple[Any, ...] = ()
+) -> Iterator[ProcessPoolExecutor]:
+    """A pool of n fresh processes (spawned) that do not outlive this one: they end when it dies, whatever the cause,
+    and when the block is left by an error or Ctrl-C, without finishing what they are at."""
+    context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(n, mp_context=context, initializer=_begin, initargs=(initializer, initargs))
+    try:
+        yield pool
+        pool.shutdown()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in set(multiprocessing.active_children()) - others:
+            child.terminate()
+        raise
+
+
+def _begin(initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -> None:
+    """What a worker does first: have an eye on its parent."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        def follow() -> None:
+            wait([parent.sentinel])
+            os._exit(1)
+
+        threading.Thread(target=follow, daemon=True).start()
+    if initializer is not None:
+        initializer(*initargs)

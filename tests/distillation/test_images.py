@@ -1,5 +1,5 @@
-"""Distillation of images: the ratio from features, its normalisation, the diagnosis and its panel, files in parts,
-bytes as data."""
+"""Distillation of images: the ratio from features, its normalisation, the diagnosis and its panel, bytes as
+data."""
 
 import math
 
@@ -13,7 +13,7 @@ from minidistill.distillation.objectives.matching import level_mean
 from minidistill.networks import MLP, Denoiser, FeatureDiscriminator, Generator, unet
 from minidistill.networks.unet import UNet
 from minidistill.teachers import train_denoiser
-from minidistill.training import Speed, checkpoints
+from minidistill.training import Speed
 
 QUICK = {"steps": 3, "batch_size": 16, "progress": False}
 
@@ -118,54 +118,6 @@ def test_flips_need_images():
         train_denoiser(torch.randn(10, 2), steps=1, flip=True, progress=False)
     with pytest.raises(ValueError, match="flip=True"):
         distill(ring(), steps=1, flip=True, progress=False)
-
-
-@pytest.mark.parametrize("half", [False, True])
-def test_a_model_in_parts_is_read_as_one(tmp_path, half):
-    torch.manual_seed(0)
-    model, file = Denoiser(UNet((1, 8, 8), 32, (1, 2), 1), 0.5), tmp_path / "model.safetensors"
-    limit = 450_000
-    names = checkpoints.save_model(file, model, half=half, limit=limit, seed=3)
-    whole = sum(p.numel() for p in model.parameters()) * (2 if half else 4)
-    assert len(names) >= whole / limit > 1
-    assert not file.exists()
-    assert all(name.stat().st_size <= limit for name in names)
-    loaded, info = checkpoints.load_model(file)
-    assert info == {"seed": 3}
-    for a, b in zip(loaded.parameters(), model.parameters(), strict=True):
-        assert a.dtype == torch.float32
-        torch.testing.assert_close(a, b, rtol=2**-10 if half else 0, atol=2**-24 if half else 0)  # float16's rounding
-    assert checkpoints.exists(file)
-    names[1].unlink()
-    with pytest.raises(ValueError, match="incomplete"):
-        checkpoints.load_model(file)
-
-
-def test_writing_again_removes_what_an_earlier_writing_left(tmp_path):
-    file, model = tmp_path / "model.safetensors", Denoiser(MLP((2,), hidden=200), 0.5)
-    assert len(checkpoints.save_model(file, model, limit=300_000)) > 1
-    checkpoints.save_model(file, model)
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
-    parts = checkpoints.save_model(file, model, limit=300_000)
-    assert sorted(tmp_path.iterdir()) == sorted(parts)
-
-
-def test_a_swapped_part_is_noticed(tmp_path):
-    file = tmp_path / "model.safetensors"
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        names = checkpoints.save_model(file, Denoiser(MLP((2,), hidden=200), 0.5), limit=300_000)
-        if not seed:
-            other = names[0].read_bytes()
-    names[0].write_bytes(other)
-    with pytest.raises(ValueError, match="corrupt"):
-        checkpoints.load_model(file)
-
-
-def test_a_tensor_above_the_limit_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="limit=150000: big alone has 400000 bytes"):
-        checkpoints.write(tmp_path / "x.safetensors", {"big": torch.zeros(100_000)}, {"kind": "samples"}, limit=150_000)
-    assert not list(tmp_path.iterdir())
 
 
 def test_tiny_student_starts_as_its_teacher_and_keeps_its_config():
