@@ -3,6 +3,7 @@
 import ast
 import importlib
 import pkgutil
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -84,3 +85,25 @@ def test_public_lists(name):
 def test_help_names_each_folder():
     folders = {info.name for info in pkgutil.iter_modules([str(PACKAGE)]) if info.ispkg}
     assert all(f"\n    {folder}/ " in minidistill.__doc__ for folder in folders)
+
+
+# ------------------------------------------------- README
+
+README = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_readmes_listing_is_the_tree():
+    listing = README.split("minidistill/\n", 1)[1].split("```", 1)[0]
+    named = [line.split()[0] for line in listing.splitlines() if line.strip()]
+    there = {path.name + "/" * path.is_dir() for path in PACKAGE.iterdir()
+             if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert set(named) == there - {"__init__.py", "__main__.py"}
+    heights = [HEIGHT[name.removesuffix(".py").rstrip("/")] for name in named if not name.startswith("_")]
+    assert heights == sorted(heights)  # from the ground up
+
+
+def test_the_reading_path_fits_an_afternoon():
+    """At most eight files and 1,500 lines, each of which is there."""
+    path = re.findall(r"^\| \[.*?\]\((minidistill/.*?)\)", README, re.MULTILINE)
+    assert 5 <= len(path) <= 8
+    assert sum(len((PACKAGE.parent / file).read_text(encoding="utf-8").splitlines()) for file in path) <= 1500

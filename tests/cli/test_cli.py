@@ -96,7 +96,7 @@ def test_quickstart_writes_its_figures_and_numbers(only, tmp_path, capsys):
     figures = {path.name for path in tmp_path.glob("*.png")}
     if only == "ring":
         assert figures == {"ring.png", "ring_kl.png"}
-        assert [row["objective"] for row in results["ring"]] == ["reverse_kl", "forward_kl", "jensen_shannon", "sim"]
+        assert [row["objective"] for row in results["ring"]] == ["drifting", "reverse_kl", "forward_kl", "sim"]
         assert results["digits"] is None
     else:
         assert figures == {"digits.png"}
