@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from minidistill import _validate
-from minidistill.networks.denoisers import Denoiser, Preconditioned
+from minidistill.networks.denoisers import Denoiser, Preconditioned, check_input
 
 __all__ = ["Discriminator", "FeatureDiscriminator"]
 
@@ -16,9 +16,10 @@ class Discriminator(Preconditioned):
     log p_sigma / q_sigma at every noise level."""
 
     def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
+        label = check_input(self, x, label)
         s = _validate.broadcast_sigma(sigma, x, positive=True)
         scale = torch.rsqrt(s.square() + self.sigma_data**2)
-        return self.network(scale * x, (s.log() / 4).flatten().expand(len(x)), label).flatten()
+        return self.run(scale * x, (s.log() / 4).flatten().expand(len(x)), label).flatten().to(x.dtype)
 
 
 class FeatureDiscriminator(nn.Module):
@@ -39,5 +40,6 @@ class FeatureDiscriminator(nn.Module):
     def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         features = self._denoiser[0].features(x, sigma, label)
         features = features if features.ndim == 4 else features[:, :, None, None]
-        return self.head(features).mean((1, 2, 3))  # a logit for every place of the image, averaged
+        own = self.head[-1].weight.dtype  # type: ignore[union-attr]
+        return self.head(features.to(own)).mean((1, 2, 3)).to(x.dtype)  # a logit for every place of the image, averaged
 
