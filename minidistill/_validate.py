@@ -46,9 +46,9 @@ def number(
     """The value; ValueError unless it is a finite number from low to high (with both ends excluded if `between`)."""
     plain = _plain(value)
     if isinstance(plain, numbers.Real) and math.isfinite(plain):
-        inside = low < plain < high if between else low <= plain <= high
-        if inside:
-            return plain if isinstance(plain, (int, float)) else float(plain)
+        real = plain if isinstance(plain, (int, float)) else float(plain)
+        if low < real < high if between else low <= real <= high:
+            return real
     raise ValueError(f"{name}={value!r}: wanted {_range(low, high, between)}")
 
 

@@ -40,6 +40,6 @@ class FeatureDiscriminator(nn.Module):
     def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         features = self._denoiser[0].features(x, sigma, label)
         features = features if features.ndim == 4 else features[:, :, None, None]
-        own = self.head[-1].weight.dtype  # type: ignore[union-attr]
+        own = next(self.head.parameters()).dtype
         return self.head(features.to(own)).mean((1, 2, 3)).to(x.dtype)  # a logit for every place of the image, averaged
 

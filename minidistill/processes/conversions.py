@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from minidistill import _validate
@@ -44,7 +43,7 @@ FROM_X0: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-#: What these predictions are made of, x0 and e: a source that is one of the two divides by sigma or alpha for the other.
+#: What these predictions are made of, x0 and e: for the other one, a source is divided by sigma or by alpha.
 MADE_OF = {"x0": "x0", "eps": "e", "v": "both", "score": "e", "velocity": "both"}
 
 

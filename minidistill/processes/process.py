@@ -59,8 +59,8 @@ class Process:
         return derivative(self.alpha, t), derivative(self.sigma, t)
 
     def drift(self, t: Tensor) -> Tensor:
-        """f(t) of dx = f(t) x dt + g(t) dW: f = d log alpha / dt (Kingma 2021, equation 5). ValueError where alpha is 0:
-        there it is infinite."""
+        """f(t) of dx = f(t) x dt + g(t) dW: f = d log alpha / dt (Kingma 2021, equation 5). ValueError where it is
+        infinite, at alpha = 0."""
         return self._finite("drift", t, derivative(lambda u: self.alpha(u).log(), t))
 
     def diffusion(self, t: Tensor) -> Tensor:
@@ -114,8 +114,8 @@ class Process:
 
     def loss_weight(self, t: Tensor, prediction: str) -> Tensor:
         """w(t), shaped like t, with w |error of the prediction|^2 = |error of x0|^2 for every sample: at a given x_t an
-        error d in x0 is one of -d alpha / sigma in e (Salimans & Ho 2022, section 4, has eps and v). ValueError where it
-        is infinite, as the noise's is at alpha = 0."""
+        error d in x0 is one of -d alpha / sigma in e (Salimans & Ho 2022, section 4, has eps and v). ValueError where
+        it is infinite, as the noise's is at alpha = 0."""
         from_pair = _validate.choose("prediction", prediction, FROM_PAIR)
         alpha, sigma = self.alpha(t), self.sigma(t)
         squares = from_pair(torch.ones_like(t), -alpha / sigma, alpha, sigma, *self.rates(t)).square()
@@ -168,7 +168,8 @@ def prior_kl(process: Process, data: GaussianMixture, t: float | None = None, me
         return float(p.weights @ gaussian_kl(p.means, p.covs))
     if method == "lower":
         offset = p.means - p.mean
-        return float(gaussian_kl(p.mean, torch.einsum("k,kij->ij", p.weights, p.covs) + (p.weights * offset.T) @ offset))
+        cov = torch.einsum("k,kij->ij", p.weights, p.covs) + (p.weights * offset.T) @ offset
+        return float(gaussian_kl(p.mean, cov))
     if d > 2:
         raise ValueError(f"method='quadrature' in {d} dimensions: wanted 2 at most; 'lower' and 'upper' bound the KL")
     line = torch.linspace(-8, 8, 161, dtype=torch.float64, device=p.means.device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -293,8 +294,8 @@ def _kernel(kernel: str | Kernel) -> Kernel:
 def _bandwidths(bandwidth: float | Sequence[float] | None, *samples: Tensor) -> list[float]:
     if bandwidth is None:
         return [median_bandwidth(*samples)]
-    several = isinstance(bandwidth, Iterable) and getattr(bandwidth, "ndim", 1) != 0
-    widths = [_validate.positive("bandwidth", width) for width in (bandwidth if several else [bandwidth])]
+    several: Any = bandwidth if isinstance(bandwidth, Iterable) and getattr(bandwidth, "ndim", 1) != 0 else [bandwidth]
+    widths = [_validate.positive("bandwidth", width) for width in several]
     if not widths:
         raise ValueError("bandwidth is empty; wanted a number, several, or None")
     return widths

@@ -7,8 +7,6 @@ all of them have their names here. Wasserstein-1 from a trained critic is `criti
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from scipy import sparse
