@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
-__all__ = ["home", "noise_like", "normal"]
+from minidistill import _validate
+
+__all__ = ["home", "noise_like", "normal", "seeded"]
 
 
 def home(device: torch.device, generator: torch.Generator | None) -> torch.device:
-    """Where to draw: the generator's device, and without one that of the data."""
+    """Where to draw: the generator's device, and without one that of the data. TypeError for another generator."""
+    _validate.generator("generator", generator)
     return device if generator is None else generator.device
 
 
@@ -24,3 +30,16 @@ def normal(
 def noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
     """Standard normal numbers with x's shape and dtype, on its device."""
     return normal(tuple(x.shape), x.device, x.dtype, generator)
+
+
+@contextmanager
+def seeded(seed: int, device: str | torch.device = "cpu") -> Iterator[None]:
+    """Torch's global generators, of the CPU and of `device`, are seeded inside the `with` and afterwards are again what
+    they were: initial weights and dropout have no other generator, and it is the caller's."""
+    seed, device = _validate.whole("seed", seed, least=0), torch.device(device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

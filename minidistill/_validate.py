@@ -1,16 +1,24 @@
-"""Checks on arguments: each raises one exception that names the argument, what was given and what is wanted."""
+"""Checks on arguments: each raises one exception that names the argument, what was given and what is wanted.
+
+Numbers come back as Python's own: NumPy's scalars and tensors without dimensions are numbers too.
+"""
 
 from __future__ import annotations
 
 import difflib
+import math
+import numbers
 from collections.abc import Iterable
-from typing import TypeVar
+from functools import reduce
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 __all__ = [
-    "T", "broadcast_sigma", "choose", "closest", "finite", "fits", "labels", "positive", "samples", "seed", "whole",
+    "T", "any_of", "broadcast_sigma", "choose", "closest", "denoised", "device", "finite", "fits", "floats",
+    "generator", "labels", "like", "number", "pair", "positive", "precise", "samples", "seed", "shape", "tensor",
+    "whole",
 ]
 
 T = TypeVar("T")
@@ -31,18 +39,86 @@ def choose(name: str, value: str, options: dict[str, T]) -> T:
     return options[value]
 
 
-def positive(name: str, value: float, *, strictly: bool = True) -> None:
-    """Raise ValueError unless `value` is a finite number > 0 (>= 0 if not `strictly`)."""
-    good = isinstance(value, (int, float)) and value == value and abs(value) != float("inf")
-    if not (good and (value > 0 or (value == 0 and not strictly))):
-        wanted = "a finite number > 0" if strictly else "a finite number >= 0"
-        raise ValueError(f"{name}={value!r}: wanted {wanted}")
+# ------------------------------------------------- numbers
+
+def number(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, between: bool = False
+) -> float:
+    """The value; ValueError unless it is a finite number from low to high (with both ends excluded if `between`)."""
+    plain = _plain(value)
+    if isinstance(plain, numbers.Real) and math.isfinite(plain):
+        real = plain if isinstance(plain, (int, float)) else float(plain)
+        if low < real < high if between else low <= real <= high:
+            return real
+    raise ValueError(f"{name}={value!r}: wanted {_range(low, high, between)}")
 
 
-def whole(name: str, value: int, *, least: int = 1) -> None:
-    """Raise ValueError unless `value` is a whole number >= `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def positive(name: str, value: Any, *, strictly: bool = True) -> float:
+    """The value; ValueError unless it is a finite number > 0 (>= 0 if not `strictly`)."""
+    return number(name, value, 0.0, between=strictly)
+
+
+def whole(name: str, value: Any, *, least: int = 1) -> int:
+    """The value; ValueError unless it is a whole number >= `least`."""
+    plain = _plain(value)
+    if isinstance(plain, bool) or not isinstance(plain, numbers.Integral) or plain < least:
         raise ValueError(f"{name}={value!r}: wanted a whole number >= {least}")
+    return int(plain)
+
+
+def shape(
+    name: str, value: Any, wanted: str = "one sample's shape, such as (2,) or (3, 32, 32)"
+) -> tuple[int, ...]:
+    """The shape as a tuple of Python numbers; ValueError unless it is a sequence of whole numbers >= 1, not empty."""
+    try:
+        sides = [_plain(side) for side in value]
+    except TypeError:
+        sides = []
+    if not sides or any(isinstance(s, bool) or not isinstance(s, numbers.Integral) or s < 1 for s in sides):
+        raise ValueError(f"{name}={value!r}: wanted {wanted}")
+    return tuple(map(int, sides))
+
+
+def _plain(value: Any) -> Any:
+    """What a NumPy scalar, or an array or tensor without dimensions, holds; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def _range(low: float, high: float, between: bool) -> str:
+    if low == -math.inf and high == math.inf:
+        return "a finite number"
+    if high == math.inf:
+        return f"a finite number {'>' if between else '>='} {low:g}"
+    ends = f"between {low:g} and {high:g}, both excluded" if between else f"from {low:g} to {high:g}"
+    return f"a number {ends}"
+
+
+# ------------------------------------------------- tensors
+
+def any_of(bad: Tensor) -> bool:
+    """Whether any is true; False inside `torch.vmap`, where values can't be looked at."""
+    try:
+        return bool(bad.any())
+    except RuntimeError as error:
+        if "data-dependent" in str(error):
+            return False
+        raise
+
+
+def tensor(name: str, value: Any, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+    """`torch.as_tensor`, whose errors do not say which argument they are about; TypeError for what is no array."""
+    try:
+        return torch.as_tensor(value, dtype=dtype, device=device)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        what = " ".join(str(error).split())
+        raise TypeError(f"{name} is {type(value).__name__}: {what}; wanted numbers, a tensor or an array") from error
+
+
+def floats(name: str, x: Any) -> None:
+    """Raise TypeError unless `x` is a floating tensor."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} is {kind}; wanted a floating point tensor of shape (n, ...)")
 
 
 def seed(name: str, value: int) -> None:
@@ -61,15 +137,35 @@ def finite(name: str, x: Tensor) -> None:
 
 def samples(name: str, x: Tensor, shape: tuple[int, ...] | None = None, *, least: int = 1) -> None:
     """Raise unless `x` is a floating tensor (n, *shape) of finite numbers with n >= `least`."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        kind = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name} is {kind}; wanted a floating point tensor of shape (n, ...)")
+    floats(name, x)
     if x.ndim < 2 or (shape is not None and tuple(x.shape[1:]) != tuple(shape)):
         wanted = "(n, d)" if shape is None else f"(n, {', '.join(map(str, shape))})"
         raise ValueError(f"{name} has shape {tuple(x.shape)}; wanted {wanted}")
     if len(x) < least:
         raise ValueError(f"{name} has {len(x)} samples; wanted at least {least}")
     finite(name, x)
+
+
+def like(name: str, value: Any, other: str, x: Tensor) -> None:
+    """Raise unless `value` is a tensor shaped like x, which the caller knows as `other`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {type(value).__name__}; wanted a tensor shaped like {other}, {tuple(x.shape)}")
+    if value.shape != x.shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; wanted {tuple(x.shape)}, that of {other}")
+
+
+def precise(*tensors: Tensor) -> list[Tensor]:
+    """All in one dtype, the widest of theirs and float32 at least: half precision is too coarse to add up in."""
+    dtype = reduce(torch.promote_types, (each.dtype for each in tensors), torch.float32)
+    return [each.to(dtype) for each in tensors]
+
+
+def pair(x: Tensor, y: Tensor, *, least: int = 1, names: tuple[str, str] = ("x", "y")) -> tuple[Tensor, Tensor]:
+    """Two sets of samples (n, *shape) and (m, *shape), checked as by `samples`, in one dtype as by `precise`."""
+    samples(names[0], x, least=least)
+    samples(names[1], y, tuple(x.shape[1:]), least=least)
+    x, y = precise(x, y)
+    return x, y
 
 
 def labels(name: str, label: Tensor, n: int, n_classes: int | None = None, *, wait: bool = True) -> Tensor:
@@ -84,41 +180,74 @@ def labels(name: str, label: Tensor, n: int, n_classes: int | None = None, *, wa
         what = f"{label.dtype} of shape {tuple(label.shape)}"
         raise ValueError(f"{name} is {what}; wanted an integer tensor of shape ({n},)")
     label = label.to(torch.int64)
-    if n and (wait or label.device.type == "cpu"):
+    looked_at = n and (wait or label.device.type == "cpu")
+    if looked_at and any_of((label < 0) | (label >= (torch.inf if n_classes is None else n_classes))):
         low, high = (int(end) for end in label.aminmax())
-        if low < 0 or (n_classes is not None and high >= n_classes):
-            wanted = "0 or more" if n_classes is None else f"0 to {n_classes - 1}"
-            raise ValueError(f"{name} runs from {low} to {high}; wanted {wanted}")
+        wanted = "0 or more" if n_classes is None else f"0 to {n_classes - 1}"
+        raise ValueError(f"{name} runs from {low} to {high}; wanted {wanted}")
     return label
 
 
+def broadcast_sigma(sigma: Any, x: Tensor, *, positive: bool = False, name: str = "sigma") -> Tensor:
+    """The noise level as a tensor that broadcasts against `x`: () for a float, (n, 1, ..., 1) for (n,).
+
+    Negative, infinite or NaN levels raise ValueError (also 0 if `positive`). On an accelerator the values are
+    not looked at: that would make every training step wait for the device.
+    """
+    out = tensor(name, sigma, x.dtype, x.device)
+    if out.device.type == "cpu":
+        bad = ~((out > 0) if positive else (out >= 0)) | out.isinf()
+        if any_of(bad):
+            given = out[bad].flatten()[0].item()
+            raise ValueError(f"{name} holds {given:g}; wanted noise levels {'> 0' if positive else '>= 0'}")
+    if out.ndim == 0 or out.ndim == x.ndim:
+        return out
+    if out.shape != x.shape[:1]:
+        raise ValueError(f"{name} has shape {tuple(out.shape)}; wanted a float or ({len(x)},), one level a sample")
+    return out.reshape(-1, *[1] * (x.ndim - 1))
+
+
+# ------------------------------------------------- models and where they run
+
+def denoised(out: Any, x: Tensor, name: str = "denoiser") -> Tensor:
+    """What a model made of x: an error unless it is a floating tensor of x's shape, which else would be broadcast."""
+    if not isinstance(out, Tensor) or not out.is_floating_point():
+        kind = f"a tensor of {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
+        raise TypeError(f"{name} returned {kind}; wanted a floating point tensor of shape {tuple(x.shape)}, that of x")
+    if out.shape != x.shape:
+        raise ValueError(f"{name} returned shape {tuple(out.shape)}; wanted {tuple(x.shape)}, that of x")
+    return out
+
+
 def fits(network: object, shape: tuple[int, ...], n_classes: int) -> None:
-    """Raise unless the network takes samples of that shape, and n_classes classes or more; none if that is 0."""
+    """Raise unless the network takes samples of that shape, and n_classes classes or more, its null class counted;
+    none if that is 0."""
     own, classes = getattr(network, "shape", None), getattr(network, "n_classes", None)
     if own is None or classes is None:
         given = type(network).__name__
         raise TypeError(f"network is {given}; wanted one with .shape and .n_classes, such as MLP or UNet")
     if tuple(own) != shape:
         raise ValueError(f"network takes samples of shape {tuple(own)}, but data has {shape}")
+    classes += getattr(network, "null_class", None) is not None
     if bool(classes) != bool(n_classes) or classes < n_classes:
         raise ValueError(f"network has {classes} classes, but labels has {n_classes} (with the null class of dropped "
                          "labels); wanted labels for conditional networks, none for others")
 
 
-def broadcast_sigma(sigma: float | Tensor, x: Tensor, *, positive: bool = False) -> Tensor:
-    """The noise level as a tensor that broadcasts against `x`: () for a float, (n, 1, ..., 1) for (n,).
+def generator(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a torch.Generator (or behaves like one) or None."""
+    alike = isinstance(getattr(value, "device", None), torch.device) and not isinstance(value, Tensor)
+    if value is not None and not alike:
+        raise TypeError(f"{name} is {type(value).__name__}; wanted a torch.Generator, such as "
+                        "torch.Generator().manual_seed(0), or None")
 
-    Negative or NaN levels raise ValueError (also 0 if `positive`). On an accelerator the values are
-    not looked at: that would make every training step wait for the device.
-    """
-    out = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
-    if out.device.type == "cpu":
-        good = (out > 0) if positive else (out >= 0)
-        if not bool(good.all()):
-            bad = out[~good].flatten()[0].item()
-            raise ValueError(f"sigma holds {bad:g}; wanted noise levels {'> 0' if positive else '>= 0'}")
-    if out.ndim == 0 or out.ndim == x.ndim:
-        return out
-    if out.shape != x.shape[:1]:
-        raise ValueError(f"sigma has shape {tuple(out.shape)}; wanted a float or ({len(x)},), one level a sample")
-    return out.reshape(-1, *[1] * (x.ndim - 1))
+
+def device(name: str, value: Any) -> torch.device:
+    """The device of that name; ValueError for one that is unknown or not here."""
+    try:
+        where = torch.device(value)
+        torch.empty(0, device=where)
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{name}={value!r}: wanted a device that is here, such as 'cpu' ({what})") from error
+    return where

@@ -40,18 +40,18 @@ class GaussianMixture:
         stds_or_covs: float | Tensor | Sequence[float],
         weights: Tensor | Sequence[float] | None = None,
     ) -> None:
-        means = torch.as_tensor(means)
+        means = _validate.tensor("means", means)
         self.means = means if means.is_floating_point() else means.to(torch.get_default_dtype())
         _validate.samples("means", self.means)
         k, d = self.means.shape[0], self.means[0].numel()
         if self.means.ndim != 2:
             raise ValueError(f"means has shape {tuple(self.means.shape)}; wanted (k, d)")
         weights = torch.ones(k) if weights is None else weights
-        weights = torch.as_tensor(weights, dtype=self.means.dtype, device=self.means.device)
+        weights = _validate.tensor("weights", weights, self.means.dtype, self.means.device)
         if weights.shape != (k,) or not torch.isfinite(weights).all() or not (weights > 0).all():
             raise ValueError(f"weights={weights.tolist()}: wanted {k} positive numbers")
         self.weights = weights / weights.sum()
-        spread = torch.as_tensor(stds_or_covs, dtype=self.means.dtype, device=self.means.device)
+        spread = _validate.tensor("stds_or_covs", stds_or_covs, self.means.dtype, self.means.device)
         _validate.finite("stds_or_covs", spread)
         # Noise adds sigma^2 to every eigenvalue and leaves the axes alone, so one eigendecomposition
         # serves all noise levels. `_axes is None` means that the axes are the coordinates'.
@@ -93,25 +93,39 @@ class GaussianMixture:
 
     @property
     def covs(self) -> Tensor:
-        """The components' covariances, (k, d, d)."""
+        """The components' covariances, (k, d, d): d times what the means take, and `variances` may do."""
         if self._axes is None:
             return torch.diag_embed(self._variances.expand_as(self.means))
         return (self._axes * self._variances.unsqueeze(-2)) @ self._axes.mT
 
     @property
+    def variances(self) -> Tensor:
+        """The variance of each coordinate in each component, the diagonals of `covs`, (k, d)."""
+        if self._axes is None:
+            return self._variances.expand_as(self.means)
+        return torch.diagonal(self.covs, dim1=1, dim2=2)
+
+    @property
     def sigma_data(self) -> float:
         """The root mean variance per dimension: the scale that EDM's preconditioning calls sigma_data."""
-        second_moment = self.weights @ (self.means.square() + torch.diagonal(self.covs, dim1=1, dim2=2))
-        return float((second_moment - self.mean.square()).mean().sqrt())
+        second_moment = self.weights @ (self.means.square() + self.variances)
+        variance = (second_moment - self.mean.square()).mean()
+        if not variance > 1e-2 * second_moment.mean():  # far from the origin that difference is rounding
+            variance = (self.weights @ ((self.means - self.mean).square() + self.variances)).mean()
+        return float(variance.sqrt())
 
     def to(self, where: torch.dtype | torch.device) -> GaussianMixture:
         """The same mixture with another dtype or on another device."""
         return self._like(self.means.to(where), self._variances.to(where))
 
-    def noised(self, sigma: float) -> GaussianMixture:
-        """The law of `x0 + sigma * e`: the same mixture with sigma^2 more variance in every direction."""
-        _validate.positive("sigma", float(sigma), strictly=False)
-        return self._like(self.means, self._variances + float(sigma) ** 2)
+    def noised(self, sigma: float, scale: float = 1.0) -> GaussianMixture:
+        """The law of `scale * x0 + sigma * e`: a mixture of the scaled means with sigma^2 more variance in every
+        direction."""
+        sigma = float(_validate.positive("sigma", sigma, strictly=False))
+        if scale == 1:
+            return self._like(self.means, self._variances + sigma**2)
+        scale = float(_validate.positive("scale", scale, strictly=not sigma))
+        return self._like(scale * self.means, scale**2 * self._variances + sigma**2)
 
     def _like(self, means: Tensor, variances: Tensor) -> GaussianMixture:
         out = object.__new__(GaussianMixture)
@@ -126,7 +140,7 @@ class GaussianMixture:
 
     def sample_with_labels(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Draws (n, d) and the component that each came from, (n,)."""
-        _validate.whole("n", n, least=0)
+        n = _validate.whole("n", n, least=0)
         weights = self.weights.to(home(self.weights.device, generator))
         component = torch.multinomial(weights, n, replacement=True, generator=generator) if n else torch.zeros(0).long()
         component = component.to(self.means.device)
@@ -141,19 +155,25 @@ class GaussianMixture:
         self._check(x)
         return self._log_joint(x, None)[0].logsumexp(1)
 
+    def distances(self, x: Tensor) -> Tensor:
+        """From x (n, d) to every mean in that component's standard deviations (Mahalanobis's), (n, k)."""
+        self._check(x)
+        _, offset, variances = self._log_joint(x, None)
+        return (offset.square() / variances).sum(-1).sqrt()
+
     def responsibilities(self, x: Tensor, sigma: float | Tensor = 0.0) -> Tensor:
         """P(component | x at noise level sigma), (n, k)."""
         self._check(x)
         return self._log_joint(x, _validate.broadcast_sigma(sigma, x))[0].softmax(1)
 
     def score(self, x: Tensor) -> Tensor:
-        """grad log p(x), (n, d). For the score at noise level s use `mixture.noised(s).score`."""
+        """grad log p(x), (n, d), in x's dtype. For the score at noise level s use `mixture.noised(s).score`."""
         self._check(x)
         log_joint, offset, variances = self._log_joint(x, None)
-        return self._mix(log_joint, self._turn(-offset / variances))
+        return self._mix(log_joint, self._turn(-offset / variances)).to(x.dtype)
 
     def denoise(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
-        """E[x0 | x0 + sigma e = x], (n, d) (Tweedie; Efron 2011). With `label` (n,), the posterior mean
+        """E[x0 | x0 + sigma e = x], (n, d), in x's dtype (Tweedie; Efron 2011). With `label` (n,), the posterior mean
         given that x0 came from that component: the mixture as a class-conditional teacher."""
         self._check(x)
         log_joint, offset, noisy = self._log_joint(x, _validate.broadcast_sigma(sigma, x))
@@ -162,11 +182,12 @@ class GaussianMixture:
         if label is not None:
             label = _validate.labels("label", label, len(x), self.n_components)
             log_joint = torch.nn.functional.one_hot(label, self.n_components).to(log_joint).log()  # 0 or -infinity
-        return self._mix(log_joint, posterior_means)
+        return self._mix(log_joint, posterior_means).to(x.dtype)
 
     __call__ = denoise
 
     def _check(self, x: Tensor) -> None:
+        _validate.floats("x", x)
         if x.ndim != 2 or x.shape[1:] != self.means.shape[1:]:
             raise ValueError(f"x has shape {tuple(x.shape)}; wanted (n, {self.means.shape[1]})")
 
@@ -181,7 +202,8 @@ class GaussianMixture:
             variances = variances + (sigma.square() if sigma.ndim == 0 else sigma.square().unsqueeze(-1))
         d = x.shape[1]
         log_det = variances.log().sum(-1) * (d / variances.shape[-1])
-        quadratic = (offset.square() / variances).sum(-1)
+        # So far out that squares leave the range of numbers, all components are taken for equally likely.
+        quadratic = (offset.square() / variances).sum(-1).clamp(max=torch.finfo(offset.dtype).max / 4)
         constant = self.weights.log() - 0.5 * d * math.log(2 * math.pi)
         return constant - 0.5 * (quadratic + log_det), offset, variances
 
@@ -196,60 +218,71 @@ class GaussianMixture:
 
 
 def ring(
-    k: int = 8, radius: float = 2.0, std: float = 0.2, weights: Sequence[float] | Tensor | None = None
+    k: int = 8, radius: float = 2.0, std: float | Sequence[float] | Tensor = 0.2,
+    weights: Sequence[float] | Tensor | None = None,
 ) -> GaussianMixture:
     """k Gaussians evenly spaced on a circle, the first at (radius, 0), counter-clockwise."""
-    _validate.whole("k", k)
-    _validate.positive("radius", radius)
+    k, radius = _validate.whole("k", k), _validate.positive("radius", radius)
     angle = 2 * math.pi * torch.arange(k) / k
-    return GaussianMixture(radius * torch.stack([angle.cos(), angle.sin()], 1), std, weights)
+    return GaussianMixture(radius * torch.stack([angle.cos(), angle.sin()], 1), _std(std, k), weights)
 
 
 def grid(
-    n: int = 5, spacing: float = 1.0, std: float = 0.1, weights: Sequence[float] | Tensor | None = None
+    n: int = 5, spacing: float = 1.0, std: float | Sequence[float] | Tensor = 0.1,
+    weights: Sequence[float] | Tensor | None = None,
 ) -> GaussianMixture:
     """n x n Gaussians on a square lattice centred at the origin."""
-    _validate.whole("n", n)
-    _validate.positive("spacing", spacing)
+    n, spacing = _validate.whole("n", n), _validate.positive("spacing", spacing)
     line = spacing * (torch.arange(n) - (n - 1) / 2)
-    return GaussianMixture(torch.cartesian_prod(line, line), std, weights)
+    return GaussianMixture(torch.cartesian_prod(line, line).reshape(n * n, 2), _std(std, n * n), weights)
+
+
+def _std(std: float | Sequence[float] | Tensor, k: int) -> Tensor:
+    """The standard deviations, () or (k,); ValueError unless they are numbers > 0."""
+    out = _validate.tensor("std", std, torch.get_default_dtype())
+    if out.ndim > 1 or out.numel() not in (1, k) or not bool((out > 0).all() and out.isfinite().all()):
+        raise ValueError(f"std={std!r}: wanted a finite number > 0, or {k} of them")
+    return out
 
 
 def two_moons(n: int, generator: torch.Generator | None = None, noise: float = 0.1) -> Tensor:
     """Two interleaved half circles of radius 1, about the origin, (n, 2)."""
+    noise = _validate.positive("noise", noise, strictly=False)
     angle = math.pi * _uniform(n, generator)
     upper = _uniform(n, generator) < 0.5
     x = torch.stack([torch.where(upper, angle.cos(), 1 - angle.cos()) - 0.5,
                      torch.where(upper, angle.sin(), 0.5 - angle.sin()) - 0.25], 1)
-    return x + noise * torch.randn(n, 2, generator=generator)
+    return x + noise * torch.randn(x.shape, generator=generator)
 
 
 def swiss_roll(n: int, generator: torch.Generator | None = None, noise: float = 0.05) -> Tensor:
     """A spiral of one and a half turns, scaled to radius 2, (n, 2)."""
+    noise = _validate.positive("noise", noise, strictly=False)
     angle = 1.5 * math.pi * (1 + 2 * _uniform(n, generator))
     radius = 2 * angle / (4.5 * math.pi)
     x = radius.unsqueeze(1) * torch.stack([angle.cos(), angle.sin()], 1)
-    return x + noise * torch.randn(n, 2, generator=generator)
+    return x + noise * torch.randn(x.shape, generator=generator)
 
 
 def checkerboard(n: int, generator: torch.Generator | None = None) -> Tensor:
     """The dark squares of a 4 x 4 board on [-2, 2]^2, uniformly, (n, 2)."""
     x = 4 * _uniform(n, generator) - 2
-    row = 2 * torch.randint(2, (n,), generator=generator) + x.floor().long() % 2 - 2
+    row = 2 * torch.randint(2, x.shape, generator=generator) + x.floor().long() % 2 - 2
     return torch.stack([x, row + _uniform(n, generator)], 1)
 
 
 def spirals(n: int, generator: torch.Generator | None = None, noise: float = 0.05) -> Tensor:
     """Two intertwined spirals of one turn and radius 2, (n, 2)."""
+    noise = _validate.positive("noise", noise, strictly=False)
     t = _uniform(n, generator).sqrt()  # sqrt: points spread evenly along the arms
-    angle = 2 * math.pi * t + math.pi * torch.randint(2, (n,), generator=generator)
+    angle = 2 * math.pi * t + math.pi * torch.randint(2, t.shape, generator=generator)
     x = (2 * t).unsqueeze(1) * torch.stack([angle.cos(), angle.sin()], 1)
-    return x + noise * torch.randn(n, 2, generator=generator)
+    return x + noise * torch.randn(x.shape, generator=generator)
 
 
 def _uniform(n: int, generator: torch.Generator | None) -> Tensor:
-    _validate.whole("n", n, least=0)
-    return torch.rand(n, generator=generator)
+    _validate.generator("generator", generator)
+    return torch.rand(_validate.whole("n", n, least=0), generator=generator)
 
 
 #: The exact targets and the sample-only shapes by name, as the command line knows them.

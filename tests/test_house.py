@@ -16,7 +16,8 @@ PACKAGE = Path(minidistill.__file__).parent
 FLOORS = (
     ("__main__",), ("cli",), ("studies",), ("check", "plotting", "scale"), ("bench",), ("distillation",), ("metrics",),
     ("teachers",), ("samplers",), ("training",), ("divergences",), ("processes", "score_matching"),
-    ("transport", "networks"), ("distributions", "data"), ("_validate", "_random"),
+    ("transport", "networks"), ("distributions", "data"), ("_random",),
+    ("_validate", "_autodiff"),
 )
 HEIGHT = {room: len(FLOORS) - i for i, floor in enumerate(FLOORS) for room in floor}
 FILES = {"minidistill." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

@@ -4,16 +4,27 @@
     mlp.py              a residual MLP, F(x, c_noise, label)
     unet.py             a U-Net for images, in three sizes
     denoisers.py        EDM's preconditioning; `Denoiser`, `Generator`, `Correction`, `Affine`
+    draws.py            samples of a student, whoever asks for them
     discriminators.py   log p_sigma / q_sigma: a network of its own, or a head on a denoiser's features
 """
 
 from minidistill.networks.contract import Teacher, estimate_sigma_data, probe
-from minidistill.networks.denoisers import Affine, Correction, Denoiser, Generator, Preconditioned, check_input
+from minidistill.networks.denoisers import (
+    Affine,
+    Correction,
+    Denoiser,
+    Generator,
+    Preconditioned,
+    check_input,
+    reserve_null_class,
+)
 from minidistill.networks.discriminators import Discriminator, FeatureDiscriminator
+from minidistill.networks.draws import calls_of, device_of, draw
 from minidistill.networks.mlp import MLP, NoiseEmbedding
 from minidistill.networks.unet import PRESETS, UNet, preset
 
 __all__ = [
     "MLP", "PRESETS", "Affine", "Correction", "Denoiser", "Discriminator", "FeatureDiscriminator", "Generator",
-    "NoiseEmbedding", "Preconditioned", "Teacher", "UNet", "check_input", "estimate_sigma_data", "preset", "probe",
+    "NoiseEmbedding", "Preconditioned", "Teacher", "UNet", "calls_of", "check_input", "device_of", "draw",
+    "estimate_sigma_data", "preset", "probe", "reserve_null_class",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from minidistill import _validate
 
-__all__ = ["Affine", "Correction", "Denoiser", "Generator", "Preconditioned", "check_input"]
+__all__ = ["Affine", "Correction", "Denoiser", "Generator", "Preconditioned", "check_input", "reserve_null_class"]
 
 
 class Preconditioned(nn.Module):
@@ -23,8 +23,7 @@ class Preconditioned(nn.Module):
 
     def __init__(self, network: nn.Module, sigma_data: float) -> None:
         super().__init__()
-        _validate.positive("sigma_data", sigma_data)
-        self.network, self.sigma_data = network, float(sigma_data)
+        self.network, self.sigma_data = network, float(_validate.positive("sigma_data", sigma_data))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -32,7 +31,18 @@ class Preconditioned(nn.Module):
 
     @property
     def n_classes(self) -> int:
+        """How many classes there are to draw from and to measure; the null class is none of them."""
         return self.network.n_classes  # type: ignore[return-value]
+
+    @property
+    def null_class(self) -> int | None:
+        """The label that stands for "no class told", if the network was trained with one: the one after the last."""
+        return getattr(self.network, "null_class", None)
+
+    def run(self, x: Tensor, c_noise: Tensor, label: Tensor | None) -> Tensor:
+        """The network, whatever x's number format: it computes in that of its weights."""
+        own = next((weight.dtype for weight in self.network.parameters()), x.dtype)
+        return self.network(x.to(own), c_noise.to(own), label)
 
 
 class Denoiser(Preconditioned):
@@ -57,7 +67,8 @@ class Denoiser(Preconditioned):
                 f"sigma_data={self.sigma_data:.4g}, {sum(p.numel() for p in self.parameters()):,} parameters)")
 
     def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
-        """E[x0 | x] estimated: x (n, *shape), sigma a float or (n,) > 0, label (n,) if class-conditional."""
+        """E[x0 | x] estimated, in x's dtype: x (n, *shape), sigma a float or (n,) > 0, label (n,) if class-conditional
+        (None for the null class, where there is one)."""
         label = check_input(self, x, label)
         s = _validate.broadcast_sigma(sigma, x, positive=True)
         scale = torch.rsqrt(s.square() + self.sigma_data**2)  # c_in
@@ -65,9 +76,9 @@ class Denoiser(Preconditioned):
         c_out = s * self.sigma_data * scale
         c_noise = (s.log() / 4).flatten().expand(len(x))
         if self.autocast is None:
-            return c_skip * x + c_out * self.network(scale * x, c_noise, label)
+            return c_skip * x + c_out * self.run(scale * x, c_noise, label).to(x.dtype)
         with torch.autocast(x.device.type, self.autocast):
-            out = self.network(scale * x, c_noise, label)
+            out = self.run(scale * x, c_noise, label)
         return c_skip * x + c_out * out.to(x.dtype)
 
     def features(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
@@ -78,7 +89,9 @@ class Denoiser(Preconditioned):
         scale = torch.rsqrt(s.square() + self.sigma_data**2)
         c_noise = (s.log() / 4).flatten().expand(len(x))
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
-            return self.network.features(scale * x, c_noise, label).to(x.dtype)  # type: ignore[operator]
+            own = next((weight.dtype for weight in self.network.parameters()), x.dtype)
+            features = self.network.features((scale * x).to(own), c_noise.to(own), label)  # type: ignore[operator]
+            return features.to(x.dtype)
 
 
 class Affine(nn.Module):
@@ -89,9 +102,9 @@ class Affine(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], mean: float = 0.0, std: float = 1.0, sigma_data: float = 1.0) -> None:
         super().__init__()
-        _validate.positive("std", std)
-        _validate.positive("sigma_data", sigma_data)
-        self.shape, self.sigma_data = tuple(shape), float(sigma_data)
+        mean, std = _validate.number("mean", mean), _validate.positive("std", std)
+        self.shape = shape = _validate.shape("shape", shape)
+        self.sigma_data = float(_validate.positive("sigma_data", sigma_data))
         self.mean, self.log_std = (nn.Parameter(torch.full(shape, value)) for value in (float(mean), math.log(std)))
 
     def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
@@ -139,8 +152,7 @@ class Generator(nn.Module):
 
     def __init__(self, denoiser: Denoiser | Affine, sigma_init: float) -> None:
         super().__init__()
-        _validate.positive("sigma_init", sigma_init)
-        self.denoiser, self.sigma_init = denoiser, float(sigma_init)
+        self.denoiser, self.sigma_init = denoiser, float(_validate.positive("sigma_init", sigma_init))
         self.levels: tuple[float, ...] = ()
 
     @property
@@ -159,11 +171,26 @@ class Generator(nn.Module):
 
 
 def check_input(model: Any, x: Tensor, label: Tensor | None) -> Tensor | None:
-    """The label as int64; raise unless it and `x` fit the model's number of classes and shape."""
+    """The label as int64, which is the null class for None where the model has one. An error unless `x` and `label` fit
+    the model's shape and classes; on an accelerator the label's values are not looked at."""
+    _validate.floats("x", x)
     if x.shape[1:] != torch.Size(model.shape):
         raise ValueError(f"x has shape {tuple(x.shape)}; wanted (n, {', '.join(map(str, model.shape))})")
+    null = getattr(model, "null_class", None)
+    if label is None and null is not None:
+        return torch.full((len(x),), null, device=x.device)
     if bool(model.n_classes) != (label is not None):
         wanted = f"a class of 0 to {model.n_classes - 1} for each sample" if model.n_classes else "None"
         raise ValueError(f"label: this model has {model.n_classes} classes; wanted {wanted}")
-    return None if label is None else _validate.labels("label", label, len(x), model.n_classes, wait=False)
+    if label is None:
+        return None
+    return _validate.labels("label", label, len(x), model.n_classes + (null is not None), wait=False)
 
+
+def reserve_null_class(network: nn.Module) -> None:
+    """Take the last of the network's classes for the null class: it then has one class fewer to draw and to measure.
+    Its `config`, if it has one, says so too, and with it a file that the network is saved to."""
+    classes = int(network.n_classes) - 1  # type: ignore[arg-type]
+    network.n_classes, network.null_class = classes, classes  # type: ignore[assignment]
+    if isinstance(getattr(network, "config", None), dict):
+        network.config |= {"n_classes": classes, "null_class": True}  # type: ignore[operator]

@@ -19,7 +19,7 @@ class Discriminator(Preconditioned):
         label = check_input(self, x, label)
         s = _validate.broadcast_sigma(sigma, x, positive=True)
         scale = torch.rsqrt(s.square() + self.sigma_data**2)
-        return self.network(scale * x, (s.log() / 4).flatten().expand(len(x)), label).flatten()
+        return self.run(scale * x, (s.log() / 4).flatten().expand(len(x)), label).flatten().to(x.dtype)
 
 
 class FeatureDiscriminator(nn.Module):
@@ -40,5 +40,6 @@ class FeatureDiscriminator(nn.Module):
     def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         features = self._denoiser[0].features(x, sigma, label)
         features = features if features.ndim == 4 else features[:, :, None, None]
-        return self.head(features).mean((1, 2, 3))  # a logit for every place of the image, averaged
+        own = next(self.head.parameters()).dtype
+        return self.head(features.to(own)).mean((1, 2, 3)).to(x.dtype)  # a logit for every place of the image, averaged
 

@@ -11,7 +11,7 @@ from torch.nn.functional import relu, silu
 
 from minidistill import _validate
 
-__all__ = ["ACTIVATIONS", "MLP", "NoiseEmbedding"]
+__all__ = ["ACTIVATIONS", "MLP", "NoiseEmbedding", "null_number"]
 
 
 class NoiseEmbedding(nn.Module):
@@ -28,6 +28,13 @@ class NoiseEmbedding(nn.Module):
         return torch.cat([angle.sin(), angle.cos()], 1)
 
 
+def null_number(n_classes: int, null_class: bool) -> int | None:
+    """The number of the null class, which comes after the others; None without one."""
+    if null_class and not n_classes:
+        raise ValueError("null_class=True with n_classes=0: wanted classes for it to stand beside")
+    return n_classes if null_class else None
+
+
 ACTIVATIONS = {"silu": silu, "relu": relu}
 
 
@@ -37,6 +44,7 @@ class MLP(nn.Module):
     Args:
         shape: one sample's shape; samples are (n, *shape).
         n_classes: 0 for an unconditional network.
+        null_class: one more class, number n_classes, for samples whose class is not told.
         out_features: None for an output shaped like the input; a number m for (n, m).
         activation: "silu", smooth as denoisers are, or "relu", whose kinks suit a generator that has to tear
             one Gaussian into separate modes.
@@ -57,22 +65,26 @@ class MLP(nn.Module):
         activation: str = "silu",
         gain: float = 1.0,
         centre: float = 0.0,
+        null_class: bool = False,
     ) -> None:
         super().__init__()
-        _validate.positive("gain", gain)
-        if out_features is not None:
-            _validate.whole("out_features", out_features)
+        shape, gain = _validate.shape("shape", shape), _validate.positive("gain", gain)
+        hidden, depth = _validate.whole("hidden", hidden), _validate.whole("depth", depth, least=0)
+        n_classes = _validate.whole("n_classes", n_classes, least=0)
+        out_features = None if out_features is None else _validate.whole("out_features", out_features)
+        more: dict[str, Any] = {"gain": (gain, 1), "centre": (centre, 0), "null_class": (null_class, False)}
         self.config: dict[str, Any] = {
             "kind": "mlp", "shape": list(shape), "hidden": hidden, "depth": depth,
             "n_classes": n_classes, "out_features": out_features, "activation": activation,
-        } | ({"gain": gain} if gain != 1 else {}) | ({"centre": centre} if centre else {})
-        self.shape, self.n_classes, self.out_features = tuple(shape), n_classes, out_features
-        self.centre = centre
+        } | {name: value for name, (value, usual) in more.items() if value != usual}
+        self.shape, self.n_classes, self.out_features = shape, n_classes, out_features
+        self.centre = _validate.number("centre", centre)
+        self.null_class = null_number(n_classes, null_class)
         self.activation = _validate.choose("activation", activation, ACTIVATIONS)
         features = math.prod(shape)
         self.noise = NoiseEmbedding()
         self.condition = nn.Linear(16, hidden)
-        self.label = nn.Embedding(n_classes, hidden) if n_classes else None
+        self.label = nn.Embedding(n_classes + bool(null_class), hidden) if n_classes else None
         self.inward = nn.Linear(features, hidden)
         self.blocks = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
         self.outward = nn.Linear(hidden, out_features or features)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear, scaled_dot_product_attention, silu
 
 from minidistill import _validate
-from minidistill.networks.mlp import NoiseEmbedding
+from minidistill.networks.mlp import NoiseEmbedding, null_number
 
 __all__ = ["PRESETS", "Attention", "Pointwise", "ResBlock", "UNet", "preset"]
 
@@ -84,6 +84,7 @@ class UNet(nn.Module):
         blocks: residual blocks a level.
         attention: image sides at which attention follows each block, such as (8,).
         n_classes: 0 for an unconditional network.
+        null_class: one more class, number n_classes, for samples whose class is not told.
     Attributes:
         feature_channels: c of what `features` returns, (n, c, h, w).
     Raises:
@@ -99,24 +100,30 @@ class UNet(nn.Module):
         attention: Sequence[int] = (),
         n_classes: int = 0,
         dropout: float = 0.0,
+        null_class: bool = False,
     ) -> None:
         super().__init__()
+        shape, channels = _validate.shape("shape", shape), _validate.whole("channels", channels)
+        multipliers = _validate.shape("multipliers", multipliers, "whole numbers >= 1, one a level")
+        blocks, n_classes = _validate.whole("blocks", blocks), _validate.whole("n_classes", n_classes, least=0)
+        attention = [_validate.whole("attention", side) for side in attention]
+        dropout = _validate.number("dropout", dropout, 0, 1)
         self.config: dict[str, Any] = {
             "kind": "unet", "shape": list(shape), "channels": channels, "multipliers": list(multipliers),
-            "blocks": blocks, "attention": list(attention), "n_classes": n_classes, "dropout": dropout,
-        }
+            "blocks": blocks, "attention": attention, "n_classes": n_classes, "dropout": dropout,
+        } | ({"null_class": True} if null_class else {})
         halvings = len(multipliers) - 1
         if len(shape) != 3 or shape[1] % 2**halvings or shape[2] % 2**halvings:
-            raise ValueError(f"shape={tuple(shape)}: wanted (c, h, w) with h and w divisible by {2**halvings}")
+            raise ValueError(f"shape={shape}: wanted (c, h, w) with h and w divisible by {2**halvings}")
         if channels % 4:
             raise ValueError(f"channels={channels}: wanted a multiple of 4")
-        self.shape, self.n_classes = tuple(shape), n_classes
+        self.shape, self.n_classes, self.null_class = shape, n_classes, null_number(n_classes, null_class)
         width, side = 4 * channels, shape[1]
         self.noise = NoiseEmbedding(channels)
         # The MLP's octaves, 0 to 7, sampled more finely: far higher frequencies would turn rounding into noise.
         self.noise.frequencies = math.pi * 2.0 ** torch.linspace(0, 7, channels // 2)
         self.embed = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width))
-        self.label = nn.Embedding(n_classes, width) if n_classes else None
+        self.label = nn.Embedding(n_classes + bool(null_class), width) if n_classes else None
         self.first = nn.Conv2d(shape[0], channels, 3, padding=1)
 
         def block(inward: int, outward: int) -> nn.ModuleList:

@@ -26,7 +26,7 @@ def as_denoiser(model: Callable[..., Tensor], process: Process, prediction: str 
 
     def denoise(x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         x_t, t = process.from_edm(x, _validate.broadcast_sigma(sigma, x).flatten().expand(len(x)))
-        out = model(x_t, t) if label is None else model(x_t, t, label)
+        out = _validate.denoised(model(x_t, t) if label is None else model(x_t, t, label), x_t, "model")
         return process.convert(out, x_t, t, prediction, "x0")
 
     return denoise
@@ -38,7 +38,8 @@ def as_model(denoiser: Callable[..., Tensor], process: Process, prediction: str 
 
     def model(x: Tensor, t: float | Tensor, label: Tensor | None = None) -> Tensor:
         at = process.to_edm(x, t)
-        return process.convert(denoiser(*at) if label is None else denoiser(*at, label), x, t, "x0", prediction)
+        x0 = _validate.denoised(denoiser(*at) if label is None else denoiser(*at, label), x)
+        return process.convert(x0, x, t, "x0", prediction)
 
     return model
 
@@ -51,9 +52,9 @@ def deblend(model: Callable[[Tensor, Tensor], Tensor], x: Tensor, blends: Tensor
     [0, 1]. So this is Euler on flow and, divided by a, Euler (or DDIM) in EDM coordinates along sigma = (1 - a) / a.
     """
     _validate.samples("x", x, least=0)
-    blends = torch.as_tensor(blends).to(x)
+    blends = _validate.tensor("blends", blends).to(x)
     if blends.ndim != 1 or len(blends) < 2 or not bool((blends.diff() > 0).all()) or blends[0] < 0 or blends[-1] > 1:
         raise ValueError(f"blends={blends.tolist()}: wanted two or more numbers rising within [0, 1]")
     for a, after in pairwise(blends):
-        x = x + (after - a) * model(x, a.expand(len(x)))
+        x = x + (after - a) * _validate.denoised(model(x, a.expand(len(x))), x, "model")
     return x

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from minidistill import _validate
+from minidistill._autodiff import derivative
 from minidistill.distributions import GaussianMixture
 from minidistill.processes.conversions import FROM_PAIR, convert
 
@@ -50,21 +51,23 @@ class Process:
         return self.sigma(t) / self.alpha(t)
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """log(alpha^2 / sigma^2)."""
+        """log(alpha^2 / sigma^2); infinite where either is 0."""
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
 
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(d alpha / dt, d sigma / dt)."""
-        return _derivative(self.alpha, t), _derivative(self.sigma, t)
+        return derivative(self.alpha, t), derivative(self.sigma, t)
 
     def drift(self, t: Tensor) -> Tensor:
-        """f(t) of dx = f(t) x dt + g(t) dW: f = d log alpha / dt (Kingma 2021, equation 5)."""
-        return _derivative(lambda u: self.alpha(u).log(), t)
+        """f(t) of dx = f(t) x dt + g(t) dW: f = d log alpha / dt (Kingma 2021, equation 5). ValueError where it is
+        infinite, at alpha = 0."""
+        return self._finite("drift", t, derivative(lambda u: self.alpha(u).log(), t))
 
     def diffusion(self, t: Tensor) -> Tensor:
         """g(t) of the same SDE: g^2 = d sigma^2 / dt - 2 f sigma^2. No linear SDE has any other g."""
-        growth = _derivative(self.variance or (lambda u: self.sigma(u).square()), t)
-        return (growth - 2 * self.drift(t) * self.sigma(t).square()).clamp(min=0).sqrt()
+        growth = derivative(self.variance or (lambda u: self.sigma(u).square()), t)
+        g = (growth - 2 * self.drift(t) * self.sigma(t).square()).clamp(min=0).sqrt()
+        return self._finite("diffusion", t, g)
 
     def prior(self, t: float | None = None) -> tuple[float, float]:
         """(mean, std) per coordinate of the Gaussian that sampling starts from at time t (None: t_max)."""
@@ -73,7 +76,8 @@ class Process:
 
     def sample_time(self, n: int, rng: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
         """n times for training, (n,), from the process's usual law: see each process below."""
-        _validate.whole("n", n, least=0)
+        n = _validate.whole("n", n, least=0)
+        _validate.generator("rng", rng)
         u = torch.rand(n, generator=rng, device=device).clamp(min=2.0**-25)  # never 0, whose time is an end
         return (self.quantile or uniform(self.t_min, self.t_max))(u)
 
@@ -87,7 +91,7 @@ class Process:
 
     def from_edm(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor]:
         """(x, sigma) in EDM coordinates -> (x_t, t), t shaped like sigma. ValueError: a level the process lacks."""
-        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+        sigma = _validate.tensor("sigma", sigma, x.dtype, x.device)
         _validate.broadcast_sigma(sigma, x)
         t = self.time(sigma)
         nearest = t.clamp(self.t_min, self.t_max)  # rounding may step over an end
@@ -110,24 +114,33 @@ class Process:
 
     def loss_weight(self, t: Tensor, prediction: str) -> Tensor:
         """w(t), shaped like t, with w |error of the prediction|^2 = |error of x0|^2 for every sample: at a given x_t an
-        error d in x0 is one of -d alpha / sigma in e (Salimans & Ho 2022, section 4, has eps and v)."""
+        error d in x0 is one of -d alpha / sigma in e (Salimans & Ho 2022, section 4, has eps and v). ValueError where
+        it is infinite, as the noise's is at alpha = 0."""
         from_pair = _validate.choose("prediction", prediction, FROM_PAIR)
         alpha, sigma = self.alpha(t), self.sigma(t)
-        return from_pair(torch.ones_like(t), -alpha / sigma, alpha, sigma, *self.rates(t)).square().reciprocal()
+        squares = from_pair(torch.ones_like(t), -alpha / sigma, alpha, sigma, *self.rates(t)).square()
+        return self._finite(f"weight of {prediction}", t, squares.reciprocal())
 
     def marginal(self, data: GaussianMixture, t: float) -> GaussianMixture:
         """The law of x_t for x0 from a mixture: again a mixture, in float64."""
         data = data.to(torch.float64)
         at = self._clock(t, data.means)
-        alpha, noise = self.alpha(at), self.sigma(at).square() * torch.eye(data.means.shape[1]).to(data.means)
-        return GaussianMixture(alpha * data.means, alpha.square() * data.covs + noise, data.weights)
+        return data.noised(float(self.sigma(at)), scale=float(self.alpha(at)))
 
     def _clock(self, t: Tensor | float, x: Tensor) -> Tensor:
         """t, checked, as a tensor that broadcasts against x."""
-        t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+        t = _validate.tensor("t", t, x.dtype, x.device)
         if not bool(((t >= self.t_min) & (t <= self.t_max)).all()):
             raise self._outside("t", t, "times", [self.t_min, self.t_max])
         return _validate.broadcast_sigma(t, x)
+
+    def _finite(self, what: str, t: Tensor, value: Tensor) -> Tensor:
+        """The value, elementwise in t; ValueError where it is not finite (on an accelerator it is not looked at)."""
+        if value.device.type == "cpu" and _validate.any_of(bad := ~value.isfinite()):
+            at = t[bad].flatten()[0].item() if t.shape == value.shape else t.flatten()[0].item()
+            raise ValueError(f"t holds {at:g}, where the {what} of the {self.name} process is not finite; wanted times "
+                             f"inside {self.t_min:g} to {self.t_max:g}")
+        return value
 
     def _outside(self, name: str, given: Tensor, what: str, ends: list[float]) -> ValueError:
         return ValueError(f"{name} runs from {given.min().item():g} to {given.max().item():g}; "
@@ -145,23 +158,24 @@ def prior_kl(process: Process, data: GaussianMixture, t: float | None = None, me
     _validate.choose("method", method, dict.fromkeys(("quadrature", "lower", "upper")))
     p, std = process.marginal(data, process.t_max if t is None else t), process.prior(t)[1]
     _validate.positive("the prior's std at t", std)
-    d, covs = p.means.shape[1], p.covs
+    d = p.means.shape[1]
 
     def gaussian_kl(mean: Tensor, cov: Tensor) -> Tensor:  # (..., d), (..., d, d) -> (...)
         cov = cov / std**2
         return (mean.square().sum(-1) / std**2 + torch.diagonal(cov, 0, -2, -1).sum(-1) - d - torch.logdet(cov)) / 2
 
     if method == "upper" or p.n_components == 1:
-        return float(p.weights @ gaussian_kl(p.means, covs))
+        return float(p.weights @ gaussian_kl(p.means, p.covs))
     if method == "lower":
         offset = p.means - p.mean
-        return float(gaussian_kl(p.mean, torch.einsum("k,kij->ij", p.weights, covs) + (p.weights * offset.T) @ offset))
+        cov = torch.einsum("k,kij->ij", p.weights, p.covs) + (p.weights * offset.T) @ offset
+        return float(gaussian_kl(p.mean, cov))
     if d > 2:
         raise ValueError(f"method='quadrature' in {d} dimensions: wanted 2 at most; 'lower' and 'upper' bound the KL")
     line = torch.linspace(-8, 8, 161, dtype=torch.float64, device=p.means.device)
     z = torch.cartesian_prod(*[line] * d).reshape(-1, d)
     prior, rule, total = GaussianMixture(torch.zeros_like(p.means[:1]), std), (-z.square().sum(1) / 2).softmax(0), 0.0
-    for weight, mean, root in zip(p.weights, p.means, torch.linalg.cholesky(covs), strict=True):
+    for weight, mean, root in zip(p.weights, p.means, torch.linalg.cholesky(p.covs), strict=True):
         x = mean + z @ root.mT
         total += float(weight * (rule @ (p.log_prob(x) - prior.log_prob(x))))
     return total
@@ -170,8 +184,3 @@ def prior_kl(process: Process, data: GaussianMixture, t: float | None = None, me
 def uniform(low: float, high: float) -> Curve:
     """The quantile function of the uniform law on [low, high]."""
     return lambda u: low + (high - low) * u
-
-
-def _derivative(function: Curve, t: Tensor) -> Tensor:
-    """d function / dt for an elementwise function; torch.func, since that works under no_grad and inside vmap too."""
-    return torch.func.grad(lambda u: function(u).sum())(t)

@@ -15,7 +15,14 @@ from minidistill.samplers.adaptive import gotta_go_fast
 from minidistill.samplers.likelihood import log_likelihood
 from minidistill.samplers.loop import Report
 from minidistill.samplers.ode import accelerated_ddim, conjugate, ddim, dpm_solver_2m, euler, gradient_estimation, heun
-from minidistill.samplers.schedules import geometric_sigmas, karras_sigmas, log_linear_sigmas, optimal_sigmas
+from minidistill.samplers.schedules import (
+    geometric_sigmas,
+    karras_sigmas,
+    levels_of,
+    log_linear_sigmas,
+    optimal_sigmas,
+    range_of,
+)
 from minidistill.samplers.solvers import SOLVERS, Solver, sample, teleported
 from minidistill.samplers.stochastic import (
     accelerated_ddpm,
@@ -30,6 +37,6 @@ from minidistill.samplers.stochastic import (
 __all__ = [
     "SOLVERS", "Report", "Solver", "accelerated_ddim", "accelerated_ddpm", "ancestral", "annealed_langevin",
     "conjugate", "ddim", "dpm_solver_2m", "edm_stochastic", "euler", "euler_maruyama", "geometric_sigmas",
-    "gotta_go_fast", "gradient_estimation", "heun", "karras_sigmas", "langevin", "log_likelihood",
-    "log_linear_sigmas", "optimal_sigmas", "predictor_corrector", "sample", "teleported",
+    "gotta_go_fast", "gradient_estimation", "heun", "karras_sigmas", "langevin", "levels_of", "log_likelihood",
+    "log_linear_sigmas", "optimal_sigmas", "predictor_corrector", "range_of", "sample", "teleported",
 ]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from minidistill import _validate
 from minidistill._random import noise_like
-from minidistill.samplers.loop import Advance, Denoise, Denoiser, Report, check_levels, in_chunks
+from minidistill.samplers.loop import Advance, Denoise, Denoiser, Report, check_levels, in_chunks, scale_of
 
 __all__ = ["gotta_go_fast"]
 
@@ -18,7 +18,7 @@ def gotta_go_fast(
     sigmas: Tensor,
     generator: torch.Generator | None = None,
     *,
-    eps_abs: float = 0.0078,
+    eps_abs: float | None = None,
     eps_rel: float = 0.05,
     safety: float = 0.9,
     r: float = 0.9,
@@ -47,7 +47,7 @@ def gotta_go_fast(
 
     Args:
         eps_abs, eps_rel: tolerances, in data units and relative. The paper's 0.0078 is a grey level of images in
-            [-1, 1].
+            [-1, 1], whose sigma_data is about 0.5; None for as much relative to the denoiser's own `sigma_data`.
         safety, r: the paper's theta and r.
         first_step: step size of the first attempt, in t.
         Others as in `samplers.sample`; the trajectory (accepted steps + 2, n, *shape) only with one step size for all.
@@ -55,6 +55,7 @@ def gotta_go_fast(
         ValueError: parameters out of range, a trajectory where each sample or chunk has its own levels.
         FloatingPointError: an error estimate that is not finite, a step size that rounding keeps from advancing.
     """
+    eps_abs = 0.0156 * scale_of(denoiser) if eps_abs is None else eps_abs
     for name, value in (("eps_abs", eps_abs), ("eps_rel", eps_rel), ("safety", safety), ("r", r),
                         ("first_step", first_step)):
         _validate.positive(name, value)

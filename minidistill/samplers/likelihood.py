@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from minidistill import _validate
+from minidistill.samplers.schedules import range_of
 from minidistill.score_matching.fields import call, pullback, rademacher, trace
 
 __all__ = ["DIVERGENCES", "log_likelihood"]
@@ -35,14 +36,15 @@ def log_likelihood(
 ) -> Tensor:
     """log p(x) in nats, (n,), of the density that the probability flow brings down to the level sigmas[0].
 
-    For an exact denoiser that is the data's density noised at sigmas[0]: the default's 0.002 changes nothing unless the
-    data are that fine (bytes: add noise first). With u = ln sigma, the flow dx/du = x - D carries log-density at the
+    For an exact denoiser that is the data's density noised at sigmas[0]: the default changes nothing unless the data
+    are that fine (bytes: add noise first). With u = ln sigma, the flow dx/du = x - D carries log-density at the
     rate -(dim - tr J), J = dD/dx, so log p(x) = log prior(x at the top) + integral of (dim - tr J) du; both are
     integrated by Runge-Kutta's fourth-order rule, one step from each level to the next (four calls of D each).
 
     Args:
         denoiser: D(x, sigma, label), differentiable in x. x: (n, *shape).
-        sigmas: (m+1,) levels > 0, rising; None for 65 from 0.002 to 80, even in ln sigma.
+        sigmas: (m+1,) levels > 0, rising; None for 65, even in ln sigma, from 0.004 to 160 of the denoiser's
+            `sigma_data`, and from 0.002 to 80 if it has none.
         divergence: "exact", dim backward passes (`chunk_size` at once), or "hutchinson", v'Jv averaged over `probes`
             random sign vectors, the same along the whole path: unbiased for the result, since that is linear in tr J.
         prior: log-density at sigmas[-1], (n, *shape) -> (n,), such as `GaussianTeacher(data).noised(80).log_prob`; None
@@ -54,14 +56,19 @@ def log_likelihood(
     """
     _validate.samples("x", x, least=0)
     exact = _validate.choose("divergence", divergence, DIVERGENCES)
-    _validate.whole("probes", probes)
+    probes = _validate.whole("probes", probes)
     if batch_size is not None:
-        _validate.whole("batch_size", batch_size)
+        batch_size = _validate.whole("batch_size", batch_size)
     if label is not None:
         label = _validate.labels("label", label, len(x))
     if sigmas is None:
-        sigmas = torch.linspace(math.log(0.002), math.log(80.0), 65, dtype=torch.float64).exp()
-    sigmas = torch.as_tensor(sigmas).double()
+        low, high = range_of(denoiser)
+        sigmas = torch.linspace(math.log(low), math.log(high), 65, dtype=torch.float64).exp()
+    sigmas = _validate.tensor("sigmas", sigmas).double()
+    kind, (x,) = x.dtype, _validate.precise(x)  # half precision is what the denoiser gets, and too coarse to add up
+
+    def model(u: Tensor, sigma: float, label: Tensor | None) -> Tensor:
+        return call(denoiser, u.to(kind), sigma, label).to(u.dtype)
     if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas > 0).all() and (sigmas.diff() > 0).all()):
         raise ValueError(f"sigmas={sigmas.tolist()}: wanted two levels or more, rising and > 0")
     variance = float(sigmas[-1]) ** 2 + float(getattr(denoiser, "sigma_data", None) or 0.0) ** 2
@@ -78,7 +85,7 @@ def log_likelihood(
                 u: float, x: Tensor, mine: Tensor | None = mine, slices: list[Tensor] = slices
             ) -> tuple[Tensor, Tensor]:
                 """dx/du and dim - tr J at u = ln sigma."""
-                out, pull = pullback(denoiser, x, math.exp(u), mine)
+                out, pull = pullback(model, x, math.exp(u), mine)
                 traces = [trace(x, pull, v) for v in slices] or [trace(x, pull, None, chunk_size)]
                 return x - out, dim - torch.stack(traces).mean(0)
 
@@ -88,7 +95,7 @@ def log_likelihood(
                 total = total + gained
                 bar.update()
             if prior is None:
-                centre = call(denoiser, torch.zeros_like(here), float(sigmas[-1]), mine)
+                centre = model(torch.zeros_like(here), float(sigmas[-1]), mine)
                 parts.append(_normal(here - centre, variance) + total)
             else:
                 parts.append(prior(here) + total)

@@ -18,7 +18,7 @@ from minidistill import _validate
 
 __all__ = [
     "Advance", "Denoise", "Denoiser", "Report", "Step", "check_label", "check_levels", "in_chunks", "integrate",
-    "slope",
+    "scale_of", "slope",
 ]
 
 Denoiser = Callable[..., Tensor]  # D(x, sigma, label)
@@ -89,12 +89,12 @@ def in_chunks(
     dim: int = 0,
 ) -> Tensor:
     """`solve(denoise, x, advance)` on batch_size samples at a time, the results joined along `dim`; the bar runs to
-    `total` for each chunk. Starts the report anew and counts the calls."""
+    `total` for each chunk. Starts the report anew and counts the calls. In half precision, which large levels leave, is
+    only what the denoiser gets; the walk is in float32."""
     _validate.samples("x", x, least=0)
-    if batch_size is not None:
-        _validate.whole("batch_size", batch_size)
+    batch_size = None if batch_size is None else _validate.whole("batch_size", batch_size)
     check_label(x, label)
-    evaluated = 0
+    evaluated, kind, (x,) = 0, x.dtype, _validate.precise(x)
     report.calls, report.levels, report.attempts, report.rejected = 0.0, [], 0.0, 0.0
     parts = x.split(batch_size or max(len(x), 1))
     labels: Sequence[Tensor | None] = [None] * len(parts) if label is None else label.split(len(parts[0]) or 1)
@@ -103,14 +103,19 @@ def in_chunks(
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             nonlocal evaluated
             evaluated += len(x)
-            return denoiser(x, sigma) if label is None else denoiser(x, sigma, label)
+            given = x.to(kind)
+            out = denoiser(given, sigma) if label is None else denoiser(given, sigma, label)
+            return _validate.denoised(out, given).to(x.dtype)
 
         return denoise
 
     with tqdm(total=total * len(parts), disable=not progress, desc="sampling") as bar:
         out = [solve(bind(label), part, bar.update) for part, label in zip(parts, labels, strict=True)]
     report.calls = evaluated / max(len(x), 1)
-    return torch.cat(out, dim) if len(out) > 1 else out[0]
+    samples = torch.cat(out, dim) if len(out) > 1 else out[0]
+    if not bool(samples.isfinite().all()):
+        raise FloatingPointError("samples are not finite: the denoiser gave a NaN, or the solver's steps grew")
+    return samples.to(kind)
 
 
 def check_label(x: Tensor, label: Tensor | None) -> None:
@@ -120,14 +125,30 @@ def check_label(x: Tensor, label: Tensor | None) -> None:
 
 
 def check_levels(x: Tensor, sigmas: Tensor) -> Tensor:
-    """The levels in x's dtype and on its device, (m+1,), checked to descend to 0."""
+    """The levels in x's dtype, float32 at least, and on its device, (m+1,), checked to descend to 0. Their squares must
+    not leave the range of numbers: scores divide by them."""
     _validate.samples("x", x, least=0)
-    sigmas = torch.as_tensor(sigmas).to(x)
+    (like_x,) = _validate.precise(x[:0])
+    sigmas = _validate.tensor("sigmas", sigmas).to(like_x)
     if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas.diff() < 0).all()) or sigmas[-1] != 0 or (
             not bool(sigmas.isfinite().all())):
         given = sigmas.tolist() if sigmas.numel() < 10 else f"{sigmas[:4].tolist()} and {sigmas.numel() - 4} more"
         raise ValueError(f"sigmas={given}: wanted at least one level > 0, descending, and then 0")
+    lowest, highest = float(sigmas[-2]), float(sigmas[0])
+    limits = torch.finfo(sigmas.dtype)
+    if lowest < limits.tiny**0.5 or highest > limits.max**0.5:
+        bad = lowest if lowest < limits.tiny**0.5 else highest
+        raise ValueError(f"sigmas holds {bad:g}, whose square is beyond {sigmas.dtype}; wanted levels from "
+                         f"{limits.tiny**0.5:.2g} to {limits.max**0.5:.2g}" + (
+                             ", or float64" if sigmas.dtype != torch.float64 else ""))
     return sigmas
+
+
+def scale_of(denoiser: Denoiser) -> float:
+    """The data's standard deviation as the denoiser tells it; EDM's 0.5, for which the usual constants were found, of
+    one that does not."""
+    own = getattr(denoiser, "sigma_data", None)
+    return 0.5 if own is None else float(_validate.positive("the denoiser's sigma_data", own))
 
 
 def slope(denoise: Denoise, x: Tensor, sigma: Tensor) -> Tensor:

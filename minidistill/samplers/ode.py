@@ -6,12 +6,12 @@ are those of `samplers.sample`. All end by landing on D, which is where Euler's 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from minidistill import _validate
 from minidistill._random import noise_like
 from minidistill.samplers.loop import Denoise, Denoiser, Step, integrate, slope
 
@@ -51,8 +51,7 @@ def ddim(
 ) -> Tensor:
     """DDIM (Song 2021, equation 12) in EDM coordinates: keep D, replace the noise. eta = 0 is deterministic
     (and equal to Euler); eta = 1 draws from the posterior q(x_after | x, x0 = D), which is ancestral sampling."""
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta={eta!r}: wanted a number from 0 to 1")
+    eta = _validate.number("eta", eta, 0, 1)
 
     def step(denoise: Denoise, x: Tensor, sigma: Tensor, after: Tensor, rng: Rng) -> Tensor:
         x0 = denoise(x, sigma)
@@ -96,8 +95,7 @@ def gradient_estimation(
     eps is read as the gradient of half the squared distance to the data, and the mix as a better estimate of it.
     gamma = 1 is DDIM. The first step is plain; so is the one to 0, which the paper, ending above 0, does not have.
     """
-    if not math.isfinite(gamma):
-        raise ValueError(f"gamma={gamma!r}: wanted a finite number")
+    gamma = _validate.number("gamma", gamma)
 
     def make_step() -> Step:
         last: list[Tensor] = []
@@ -161,8 +159,7 @@ def conjugate(
     The paper's t is the time of its variance-preserving process; here t = ln sigma, since A = sigma^lambda gives the
     network's part in closed form. So values of lam do not carry over from the paper.
     """
-    if not math.isfinite(lam):
-        raise ValueError(f"lam={lam!r}: wanted a finite number")
+    lam = _validate.number("lam", lam)
 
     def step(denoise: Denoise, x: Tensor, sigma: Tensor, after: Tensor, rng: Rng) -> Tensor:
         noise = slope(denoise, x, sigma)

@@ -1,5 +1,7 @@
 """Schedules: which noise levels a sampler visits. Each gives n levels, descending, and the final 0: (n+1,).
 
+The usual ends, 0.002 and 80, are EDM's for data of standard deviation 0.5; `levels_of` has them for any model.
+
 A schedule is a clock u(sigma), and its levels are evenly spaced in u: sigma^(1/rho) for Karras, ln sigma for
 log-linear, and for an optimal one the clock in which every step of a given solver errs as much as any other.
 """
@@ -12,11 +14,12 @@ import torch
 from torch import Tensor
 
 from minidistill import _validate
-from minidistill.samplers.loop import Denoiser, check_label
+from minidistill.samplers.loop import Denoiser, check_label, scale_of
 from minidistill.samplers.ode import heun
 
 __all__ = [
-    "PATH_ENTRIES", "geometric_sigmas", "karras_sigmas", "log_linear_sigmas", "optimal_sigmas",
+    "PATH_ENTRIES", "geometric_sigmas", "karras_sigmas", "levels_of", "log_linear_sigmas", "optimal_sigmas",
+    "range_of",
 ]
 
 PATH_ENTRIES = 2**24  # numbers of a fine path in memory at once
@@ -27,10 +30,27 @@ def karras_sigmas(
 ) -> Tensor:
     """n levels from sigma_max to sigma_min, evenly spaced in sigma^(1/rho), then 0: (n+1,)
     (Karras 2022, equation 5)."""
-    _check(n, sigma_min, sigma_max)
-    _validate.positive("rho", rho)
+    n, sigma_min, sigma_max = _check(n, sigma_min, sigma_max)
+    rho = _validate.positive("rho", rho)
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return _finish((high + _ramp(n) * (low - high)) ** rho, dtype)
+
+
+def range_of(
+    denoiser: Denoiser, sigma_min: float | None = None, sigma_max: float | None = None
+) -> tuple[float, float]:
+    """The lowest and the highest level for a denoiser: those given, else 0.004 and 160 of its `sigma_data`, which are
+    EDM's 0.002 and 80 for data of 0.5 (and for a denoiser that does not tell its scale)."""
+    scale = scale_of(denoiser)
+    return 0.004 * scale if sigma_min is None else sigma_min, 160 * scale if sigma_max is None else sigma_max
+
+
+def levels_of(
+    denoiser: Denoiser, n: int, sigma_min: float | None = None, sigma_max: float | None = None, rho: float = 7.0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`karras_sigmas` for a denoiser, whatever its data's units: n levels over `range_of` it, then 0: (n+1,)."""
+    return karras_sigmas(n, *range_of(denoiser, sigma_min, sigma_max), rho, dtype)
 
 
 def log_linear_sigmas(
@@ -38,7 +58,7 @@ def log_linear_sigmas(
 ) -> Tensor:
     """n levels from sigma_max to sigma_min, evenly spaced in ln sigma, then 0: (n+1,) (Permenter and Yuan 2024).
     The limit of `karras_sigmas` for large rho, and of the variance-exploding process's even times (Song 2021)."""
-    _check(n, sigma_min, sigma_max)
+    n, sigma_min, sigma_max = _check(n, sigma_min, sigma_max)
     high, low = math.log(sigma_max), math.log(sigma_min)
     return _finish((high + _ramp(n) * (low - high)).exp(), dtype)
 
@@ -54,7 +74,7 @@ def geometric_sigmas(
     `early_stop=True` to stop there. For sigma << 1 (sigma^2 = t) and for sigma >> 1 (sigma = e^(t/2)) this is even in
     ln sigma too, but with twice the step above as below: log-linear with the small levels visited more densely.
     """
-    _check(n, sigma_min, sigma_max)
+    n, sigma_min, sigma_max = _check(n, sigma_min, sigma_max)
 
     def clock(sigma: float) -> float:  # the integral of dt / min(1, t)
         t = math.log1p(sigma**2)
@@ -96,10 +116,10 @@ def optimal_sigmas(
     Raises:
         ValueError: bad counts or levels, x not finite or empty, order not 1 or 2.
     """
-    _check(n, sigma_min, sigma_max)
+    n, sigma_min, sigma_max = _check(n, sigma_min, sigma_max)
     _validate.samples("x", x)
-    _validate.choose("order", str(order), dict.fromkeys("12"))
-    _validate.whole("fine", fine, least=8)
+    order = int(_validate.choose("order", str(order), {"1": "1", "2": "2"}))
+    fine = _validate.whole("fine", fine, least=8)
     if batch_size is not None:
         _validate.whole("batch_size", batch_size)
     check_label(x, label)
@@ -107,7 +127,7 @@ def optimal_sigmas(
     levels = grid[:-1].to(x.device)
 
     def wide(u: Tensor, *rest: Tensor) -> Tensor:  # rounding would be divided by small steps
-        return denoiser(u.to(x.dtype), rest[0].to(x.dtype), *rest[1:]).double()
+        return _validate.denoised(denoiser(u.to(x.dtype), rest[0].to(x.dtype), *rest[1:]), u).double()
 
     squares = torch.zeros_like(levels)  # of the derivative at each level, summed over samples and dimensions
     size = batch_size or max(1, PATH_ENTRIES // (fine * x[0].numel()))
@@ -133,12 +153,12 @@ def optimal_sigmas(
     return _finish(out, dtype)
 
 
-def _check(n: int, sigma_min: float, sigma_max: float) -> None:
-    _validate.whole("n", n)
-    for name, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max)):
-        _validate.positive(name, value)
-    if sigma_min > sigma_max:
-        raise ValueError(f"sigma_min={sigma_min} is above sigma_max={sigma_max}")
+def _check(n: int, sigma_min: float, sigma_max: float) -> tuple[int, float, float]:
+    n = _validate.whole("n", n)
+    low, high = _validate.positive("sigma_min", sigma_min), _validate.positive("sigma_max", sigma_max)
+    if low > high:
+        raise ValueError(f"sigma_min={low} is above sigma_max={high}")
+    return n, low, high
 
 
 def _ramp(n: int) -> Tensor:

@@ -66,8 +66,10 @@ def sample(denoiser: Denoiser, x: Tensor, sigmas: Tensor, solver: str = "heun", 
     Returns:
         samples (n, *shape), in x's dtype.
     Raises:
-        ValueError: unknown solver, levels that do not descend to 0, non-finite x, parameters out of range.
-        TypeError: x not floating, an option that the solver does not have.
+        ValueError: unknown solver, levels that do not descend to 0, non-finite x, parameters out of range, a denoiser
+            that returns another shape than x's.
+        TypeError: x not floating, an option that the solver does not have, a denoiser that returns no tensor.
+        FloatingPointError: samples that are not finite.
     """
     return _validate.choose("solver", solver, SOLVERS)(denoiser, x, sigmas, **options)
 
@@ -82,7 +84,7 @@ def teleported(gaussian: Any, solver: str | Solver, sigma_skip: float) -> Solver
     label too. A path begins x, x at sigma_skip, ...
     ValueError: an unknown solver, sigma_skip not below sigmas[0].
     """
-    _validate.positive("sigma_skip", sigma_skip)
+    sigma_skip = _validate.positive("sigma_skip", sigma_skip)
     run = _validate.choose("solver", solver, SOLVERS) if isinstance(solver, str) else solver
 
     def teleport(

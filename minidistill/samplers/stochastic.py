@@ -78,8 +78,9 @@ def edm_stochastic(
     in place of 1. churn = 0 is Heun. The paper's CIFAR-10 values are churn 30, s_min 0.01, s_max 1, s_noise 1.007, the
     last against a network that removes too much noise; an exact denoiser wants 1.
     """
-    for name, value in (("churn", churn), ("s_min", s_min), ("s_noise", s_noise)):
-        _validate.positive(name, value, strictly=False)
+    churn, s_min, s_noise = (_validate.positive(name, value, strictly=False) for name, value in (
+        ("churn", churn), ("s_min", s_min), ("s_noise", s_noise)))
+    s_max = s_max if s_max == math.inf else _validate.number("s_max", s_max)
     if not s_max >= s_min:
         raise ValueError(f"s_max={s_max!r}: wanted a number >= s_min={s_min}")
     growth = min(churn / max(len(sigmas) - 1, 1), math.sqrt(2) - 1)
@@ -104,8 +105,8 @@ def predictor_corrector(
     The Langevin step is 2 (snr |z| / |score|)^2 with root mean squares over the chunk, that of the noise z being 1:
     the norms of a sample's own z and score would tie its step size to its noise, a bias in low dimension.
     """
-    _validate.positive("snr", snr)
-    _validate.whole("corrector_steps", corrector_steps, least=0)
+    snr = _validate.positive("snr", snr)
+    corrector_steps = _validate.whole("corrector_steps", corrector_steps, least=0)
 
     def step(denoise: Denoise, x: Tensor, sigma: Tensor, after: Tensor, rng: Rng) -> Tensor:
         x = _sde_step(denoise, x, sigma, after, rng)
@@ -144,8 +145,7 @@ def annealed_langevin(
     """Annealed Langevin dynamics (Song and Ermon 2019, algorithm 1): `steps_per_level` moves at each level below
     sigmas[0], where x is taken to stand already, of step 2 (snr sigma)^2; from the last, the denoiser to 0 (Song and
     Ermon 2020). (n - 1) steps_per_level + 1 calls for n levels. It needs levels close to each other, or many moves."""
-    _validate.whole("steps_per_level", steps_per_level)
-    _validate.positive("snr", snr)
+    steps_per_level, snr = _validate.whole("steps_per_level", steps_per_level), _validate.positive("snr", snr)
 
     def step(denoise: Denoise, x: Tensor, sigma: Tensor, after: Tensor, rng: Rng) -> Tensor:
         if after == 0:
@@ -167,11 +167,10 @@ def langevin(
     Its law tends to the data's at noise level `sigma`, up to a bias of O(step_size), a variance in data units squared.
     One call a step. Options and errors as in `samplers.sample`; returns (n, *shape), or (steps + 1, n, *shape).
     """
-    _validate.positive("sigma", sigma)
-    _validate.whole("steps", steps)
-    _validate.positive("step_size", step_size)
+    sigma, step_size = _validate.positive("sigma", sigma), _validate.positive("step_size", step_size)
+    steps = _validate.whole("steps", steps)
     at = check_levels(x, torch.tensor([sigma, 0.0], dtype=torch.float64))[0]
-    size = torch.as_tensor(step_size, dtype=x.dtype, device=x.device)
+    size = torch.as_tensor(step_size).to(at)
     report = Report() if report is None else report
 
     def solve(denoise: Denoise, x: Tensor, advance: Advance) -> Tensor:

@@ -3,34 +3,34 @@
 A score is a gradient, so its Jacobian is symmetric, and the scores of one diffusion obey one partial differential
 equation. A network knows neither; here are the measures and the penalties. The Jacobian is always J = dD/dx, in
 denoiser form: the score (D - x) / sigma^2 has (J - I) / sigma^2. Everything is reverse mode (torch.func.vjp), twice
-for J v: that is faster here than forward mode and asks less of the network. Fused attention has no second derivative:
-use `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` around these and around every loss that calls them.
+for J v: that is faster here than forward mode and asks less of the network. Attention is computed by its plain kernel
+here, since the fused ones have no second derivative.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from minidistill import _validate
+from minidistill._autodiff import ordinary, vjp
 from minidistill._random import home
 
 __all__ = [
-    "Denoise", "asymmetry", "basis", "call", "check_like", "check_samples", "column", "conservative_penalty", "curl",
+    "Denoise", "asymmetry", "basis", "call", "check_samples", "column", "conservative_penalty", "curl",
     "fokker_planck_loss", "fokker_planck_residual", "inner", "jacobian", "level", "local_step", "per_sample",
-    "pullback", "rademacher", "trace", "value_and_gradient", "vjp", "vmap",
+    "pullback", "rademacher", "trace", "value_and_gradient", "vmap",
 ]
 
 Denoise = Callable[..., Tensor]
-vjp: Callable[..., Any] = torch.func.vjp
 vmap = torch.func.vmap
 
 
 def rademacher(x: Tensor, rng: torch.Generator | None = None) -> Tensor:
     """Random signs shaped like x: slices v with E v v' = I and the least variance of v'Jv (Hutchinson 1990)."""
+    _validate.floats("x", x)
     return (2 * torch.randint(2, x.shape, generator=rng, device=home(x.device, rng)) - 1).to(x)
 
 
@@ -39,7 +39,7 @@ def pullback(
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """D(x) and the map v -> J'v, both (n, *shape); one call of the denoiser, then one backward pass a v."""
     check_samples("x", x)
-    out, pull = vjp(lambda u: call(denoiser, u, sigma, label), x)
+    out, pull = vjp(lambda u: call(denoiser, u, ordinary(sigma), label), x)
     return out, lambda v: pull(v)[0]
 
 
@@ -57,7 +57,7 @@ def jacobian(
 def trace(x: Tensor, pull: Callable[[Tensor], Tensor], slices: Tensor | None, chunk_size: int | None = None) -> Tensor:
     """tr J, (n,): Hutchinson's unbiased v'Jv with slices v (n, *shape), or exact in dim backward passes (None)."""
     if slices is not None:
-        check_like("slices", slices, "x", x)
+        _validate.like("slices", slices, "x", x)
         return inner(slices, pull(slices))
     return vmap(lambda v: inner(v, pull(v)), chunk_size=chunk_size)(basis(x)).sum(0)
 
@@ -121,7 +121,7 @@ def fokker_planck_residual(
 
     value, pull_trace, transported = vjp(scalar, x, has_aux=True)
     (grad_trace,) = pull_trace(torch.ones_like(value))
-    _, pull_level = vjp(lambda levels: call(denoiser, x, levels, label), levels)
+    _, pull_level = vjp(lambda levels: call(denoiser, ordinary(x), levels, label), levels)
     _, push_level = vjp(pull_level, torch.zeros_like(x))
     (growth,) = push_level((levels,))  # dD/d sigma, times sigma
     return growth - s.square() * grad_trace - 2 * transported
@@ -155,11 +155,11 @@ def local_step(
     2024); it takes a dim by dim matrix exponential a sample. Otherwise Euler-Maruyama, where the drift is constant.
     """
     check_samples("x", x)
-    check_like("noise", noise, "x", x)
+    _validate.like("noise", noise, "x", x)
     _validate.positive("diffusion", diffusion)
     _validate.positive("step", step)
     field = drift(x, t)
-    check_like("drift(x, t)", field, "x", x)
+    _validate.like("drift(x, t)", field, "x", x)
     if not linearised:
         width = diffusion * step**0.5
         return x + step * field + width * noise, -noise / width
@@ -183,10 +183,7 @@ def call(denoiser: Denoise, x: Tensor, sigma: float | Tensor, label: Tensor | No
     a label that is neither a tensor nor None."""
     if label is not None and not isinstance(label, Tensor):
         raise TypeError(f"label is {type(label).__name__}; wanted a tensor ({len(x)},) or None")
-    out = denoiser(x, sigma, label)
-    if out.shape != x.shape:
-        raise ValueError(f"denoiser returned shape {tuple(out.shape)}; wanted {tuple(x.shape)}, that of x")
-    return out
+    return _validate.denoised(denoiser(x, sigma, label), x)
 
 
 def value_and_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,8 +194,12 @@ def value_and_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple
 
 def per_sample(values: Tensor, weight: Tensor | float) -> Tensor:
     """weight times the mean over dimensions, (n,)."""
-    if isinstance(weight, Tensor) and weight.shape not in (torch.Size([]), values.shape[:1]):
+    if not isinstance(weight, Tensor):
+        weight = _validate.number("weight", weight)
+    elif weight.shape not in (torch.Size([]), values.shape[:1]):
         raise ValueError(f"weight has shape {tuple(weight.shape)}; wanted a float or ({len(values)},)")
+    elif weight.device.type == "cpu" and _validate.any_of(~weight.detach().isfinite()):
+        raise ValueError("weight holds a NaN or infinite value; wanted finite numbers")
     return weight * values.flatten(1).mean(1)
 
 
@@ -215,33 +216,25 @@ def basis(x: Tensor) -> Tensor:
 
 def check_samples(name: str, x: Tensor) -> None:
     """Raise unless x is floating and (n, *shape). Its values are not looked at: a GPU would have to wait."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        kind = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name} is {kind}; wanted a floating point tensor of shape (n, ...)")
+    _validate.floats(name, x)
     if x.ndim < 2:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; wanted (n, d) or (n, *shape)")
-
-
-def check_like(name: str, value: Tensor, other: str, x: Tensor) -> None:
-    """Raise unless `value` is a tensor shaped like x."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is {type(value).__name__}; wanted a tensor shaped like {other}, {tuple(x.shape)}")
-    if value.shape != x.shape:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; wanted {tuple(x.shape)}, that of {other}")
 
 
 def level(x: Tensor, sigma: float | Tensor, name: str = "x", **like: Tensor) -> Tensor:
     """Check x, sigma > 0 and the tensors that must be shaped like x; sigma, ready to multiply x."""
     check_samples(name, x)
     for other, value in like.items():
-        check_like(other, value, name, x)
+        _validate.like(other, value, name, x)
     return _validate.broadcast_sigma(sigma, x, positive=True)
 
 
 def column(name: str, value: float | Tensor, x: Tensor) -> Tensor:
-    out = torch.as_tensor(value, dtype=x.dtype, device=x.device)
+    out = _validate.tensor(name, value, x.dtype, x.device)
     if out.shape not in (torch.Size([]), x.shape[:1]):
         raise ValueError(f"{name} has shape {tuple(out.shape)}; wanted a float or ({len(x)},), one a sample")
+    if out.device.type == "cpu" and _validate.any_of(~out.detach().isfinite()):
+        raise ValueError(f"{name} holds a NaN or infinite value; wanted finite numbers")
     return out.reshape(-1, *[1] * (x.ndim - 1))
 
 

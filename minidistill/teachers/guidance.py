@@ -44,15 +44,18 @@ class Guided:
 def classifier_free(denoiser: Denoise, scale: float, unconditional: Denoise | int | None = None) -> Guided:
     """D_u + scale (D_c - D_u), D_c = denoiser(x, sigma, label) (Ho 2022, where w = scale - 1).
 
-    unconditional: where D_u comes from. None asks the denoiser without a label, as exact mixtures and closed forms
-    allow; a number is the null class of a network trained with `train_denoiser(..., drop_label=...)`, its last one;
+    unconditional: where D_u comes from. None asks the denoiser without a label, as exact mixtures, closed forms and
+    networks trained with `train_denoiser(..., drop_label=...)` allow; a number is the null class of such a network;
     anything else is another denoiser, D_u = unconditional(x, sigma). With label=None, D is D_u.
     """
-    _number("scale", scale)
-    null = unconditional if isinstance(unconditional, int) else None
+    scale = _validate.number("scale", scale)
     classes = int(getattr(denoiser, "n_classes", getattr(denoiser, "n_components", 0)))
-    if null is not None and null != classes - 1:
-        raise ValueError(f"unconditional={null}: this denoiser has {classes} classes; wanted its last, {classes - 1}")
+    own = getattr(denoiser, "null_class", None)
+    null = None if unconditional is None or callable(unconditional) else _validate.whole(
+        "unconditional", unconditional, least=0)
+    if null is not None and null != (last := classes - 1 if own is None else own):
+        raise ValueError(f"unconditional={null}: this denoiser has {classes} classes; wanted its last, {last}")
+    real = classes - (null is not None and own is None)  # a denoiser that does not tell its null class counts it
 
     def rule(x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         if null is not None:
@@ -61,10 +64,10 @@ def classifier_free(denoiser: Denoise, scale: float, unconditional: Denoise | in
             base = call(unconditional if callable(unconditional) else denoiser, x, sigma, None)
         if label is None:
             return base
-        label = _validate.labels("label", label, len(x), classes - (null is not None) or None)
+        label = _validate.labels("label", label, len(x), real or None)
         return torch.lerp(base, call(denoiser, x, sigma, label), scale)
 
-    return _like(denoiser, rule, classes - (null is not None))
+    return _like(denoiser, rule, real)
 
 
 def classifier_guided(denoiser: Denoise, log_prob: Denoise, scale: float = 1.0, n_classes: int = 0) -> Guided:
@@ -73,7 +76,8 @@ def classifier_guided(denoiser: Denoise, log_prob: Denoise, scale: float = 1.0, 
     log_prob(x, sigma, label) gives (n,) for noised x; `score_matching.posterior_denoiser` is scale 1 from logits.
     n_classes is what the result tells, for samplers that choose labels themselves.
     """
-    _number("scale", scale)
+    scale = _validate.number("scale", scale)
+    n_classes = _validate.whole("n_classes", n_classes, least=0)
 
     def rule(x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         slope = value_and_gradient(lambda u: log_prob(u, sigma, label), x)[1]
@@ -84,7 +88,7 @@ def classifier_guided(denoiser: Denoise, log_prob: Denoise, scale: float = 1.0, 
 
 def autoguided(good: Denoise, bad: Denoise, scale: float) -> Guided:
     """D_bad + scale (D_good - D_bad) (Karras 2024): away from a smaller or less trained model of the same data."""
-    _number("scale", scale)
+    scale = _validate.number("scale", scale)
 
     def rule(x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         return torch.lerp(call(bad, x, sigma, label), call(good, x, sigma, label), scale)
@@ -190,7 +194,3 @@ def _like(denoiser: Denoise, rule: Denoise, n_classes: int) -> Guided:
     shape = getattr(denoiser, "shape", None)
     return Guided(rule, None if shape is None else tuple(shape), n_classes, getattr(denoiser, "sigma_data", None))
 
-
-def _number(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or not abs(value) < float("inf"):
-        raise ValueError(f"{name}={value!r}: wanted a finite number")

@@ -11,11 +11,12 @@ from torch.utils.checkpoint import checkpoint
 from minidistill import _validate
 
 __all__ = [
-    "ENTRIES", "by_rows", "distances", "in_units", "largest", "mean_of_rows", "medians", "pair_mean", "probabilities",
-    "squared_distances",
+    "ENTRIES", "SHOWS", "by_rows", "centred", "distances", "farthest", "in_units", "largest", "mean_of_rows", "medians",
+    "pair_mean", "probabilities", "squared_distances",
 ]
 
 ENTRIES = 2**22  # of a matrix of pairs in memory at once, unless `chunk` says how many rows
+SHOWS = 1e-4  # rounding errors above this, in an exponent or in a squared distance over bandwidths, are avoided
 
 
 def largest(x: Tensor) -> float:
@@ -26,6 +27,21 @@ def largest(x: Tensor) -> float:
 def medians(x: Tensor) -> Tensor:
     """The median of each coordinate: products of centred numbers lose fewer digits, and no outlier moves it far."""
     return x.detach().median(0).values
+
+
+def farthest(*samples: Tensor) -> float:
+    """The largest distance from the origin of any of the flat samples (n, d)."""
+    return max(float(torch.linalg.vector_norm(each.detach(), dim=1).max()) for each in samples)
+
+
+def centred(*samples: Tensor) -> list[Tensor]:
+    """Flattened, and about their common median where that is far off for their spread: what all have in common cancels
+    in every difference of two, and would take their digits."""
+    flat = [each.flatten(1) for each in samples]
+    pooled = torch.cat(flat)
+    centre = medians(pooled)
+    spread = float((pooled.detach() - centre).abs().median())
+    return [each - centre for each in flat] if float(centre.abs().max()) > 16 * spread else flat
 
 
 def in_units(h: float, *samples: Tensor) -> list[Tensor]:
@@ -49,11 +65,18 @@ def probabilities(name: str, weights: Tensor | None, x: Tensor) -> Tensor:
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """|x_i - y_j|^2, (n, m), from one matrix product; from differences where its rounding errors would show."""
-    reach = max(largest(x), largest(y))
-    if reach**2 * x.shape[1] * torch.finfo(x.dtype).eps > 1e-2:
+    """|x_i - y_j|^2, (n, m), from one matrix product; from differences where its rounding errors, about eps |x_i|^2,
+    would show against 1. Those pairs are far from the origin both, for a far and a near one are far apart too."""
+    squares_x, squares_y = x.square().sum(1), y.square().sum(1)
+    limit = SHOWS / (2 * torch.finfo(x.dtype).eps)
+    far_x, far_y = ((squares > limit).nonzero()[:, 0] for squares in (squares_x, squares_y))
+    if len(far_x) == len(x) and len(far_y) == len(y):
         return distances(x, y).square()
-    return torch.addmm(x.square().sum(1, keepdim=True) + y.square().sum(1), x, y.T, alpha=-2).clamp(min=0)
+    out = torch.addmm(squares_x.unsqueeze(1) + squares_y, x, y.T, alpha=-2).clamp(min=0)
+    if len(far_x) and len(far_y):
+        exact = distances(x[far_x], y[far_y]).square()
+        out = out.index_put((far_x.unsqueeze(1), far_y), exact)
+    return out
 
 
 def distances(x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
@@ -88,8 +111,7 @@ def mean_of_rows(
 def by_rows(f: Callable[[slice], Tensor], n: int, width: int, chunk: int | None = None) -> list[Tensor]:
     """f of each block of rows, at most `chunk` rows or ENTRIES entries. Several blocks are computed again in the
     backward pass, so that one block's intermediate values are in memory at a time."""
-    if chunk is not None:
-        _validate.whole("chunk", chunk)
+    chunk = None if chunk is None else _validate.whole("chunk", chunk)
     rows = chunk or max(1, ENTRIES // width)
     parts = [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
     if len(parts) == 1:

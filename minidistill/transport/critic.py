@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from minidistill import _validate
+from minidistill._autodiff import differentiable
+from minidistill._random import seeded
 
 __all__ = ["Critic", "CriticDistance", "wasserstein_1_critic"]
 
@@ -62,17 +64,14 @@ def wasserstein_1_critic(
     one: `value` is a lower bound up to what is steeper elsewhere, 10 to 20 % low in the plane after 500 steps, and
     value * slope is the undivided estimate. As a loss for x it holds the critic fixed.
     """
-    _validate.samples("x", x)
-    _validate.samples("y", y, tuple(x.shape[1:]))
-    _validate.positive("penalty", penalty)
-    _validate.positive("learning_rate", learning_rate)
-    _validate.whole("steps", steps)
-    _validate.whole("batch_size", batch_size)
+    x, y = _validate.pair(x, y)
+    penalty, learning_rate = (_validate.positive(name, value) for name, value in (
+        ("penalty", penalty), ("learning_rate", learning_rate)))
+    steps, batch_size = _validate.whole("steps", steps), _validate.whole("batch_size", batch_size)
     a, b = x.detach(), y.detach()
     centre = torch.cat([a, b]).mean(0)
     scale = float((torch.cat([a, b]) - centre).square().flatten(1).sum(1).mean().sqrt()) or 1.0
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         network = critic or _mlp(a[0].numel())
     f = Critic(network.to(a), centre, scale)
     rng = torch.Generator().manual_seed(seed)
@@ -108,5 +107,7 @@ def _slopes(f: nn.Module, x: Tensor, y: Tensor, rng: torch.Generator) -> Tensor:
     """|grad f| at one random point between each pair, (n,), differentiable in f's weights."""
     share = torch.rand(len(x), *[1] * (x.ndim - 1), generator=rng).to(x)
     between = (share * x + (1 - share) * y).requires_grad_(True)
-    gradient = torch.autograd.grad(f(between).sum(), between, create_graph=True)[0]
+    with differentiable():
+        total = f(between).sum()
+    gradient = torch.autograd.grad(total, between, create_graph=True)[0]
     return torch.linalg.vector_norm(gradient.flatten(1), dim=1)

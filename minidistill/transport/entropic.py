@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from minidistill import _validate
-from minidistill.transport._pairs import ENTRIES, distances, largest, probabilities
+from minidistill.transport._pairs import ENTRIES, SHOWS, distances, farthest, largest, probabilities
 
 __all__ = ["KEPT", "RANGES", "sinkhorn", "sinkhorn_plan"]
 
@@ -52,7 +52,10 @@ def sinkhorn(
     at convergence and cost one pass: the plan is held fixed (envelope theorem), so there are no second derivatives.
 
     Args:
-        epsilon: in units of the cost, |x|^p. Iterations grow as cost / epsilon.
+        x, y: in float32 or float64, and computed in float64 where single precision would show beside epsilon: costs are
+            rounded by their own size, so one far sample is enough for that.
+        epsilon: in units of the cost, |x|^p. Iterations grow as cost / epsilon. A warning tells if even float64 does
+            not resolve it beside the largest cost, and it was raised.
         weights_x, weights_y: (n,) and (m,), not negative; scaled to sum to 1; None for equal ones.
         tolerance: stop when the Euclidean norm of the error of the plan's second marginal is below; looked at
             every 10 iterations. A warning tells if `max_iterations` came first.
@@ -66,7 +69,7 @@ def sinkhorn(
         for z, weights in ((problem.x, problem.a), (problem.y, problem.b)):
             value = value - _transport(_Problem(z, z, weights, weights, problem.epsilon, p, chunk), stop) / 2
     root = problem.scale ** (p / 2)  # twice, as its square may leave the range of numbers
-    return (value + problem.moved).to(x.dtype) * root * root
+    return (value + problem.moved).to(problem.kind) * root * root
 
 
 def sinkhorn_plan(
@@ -86,7 +89,7 @@ def sinkhorn_plan(
     problem = _prepare(x, y, epsilon, p, weights_x, weights_y, None).detached()
     f, g = _potentials(problem, tolerance, max_iterations, progress)
     plan = [block.mul_(problem.b).mul_(problem.a[rows, None]) for rows, block in problem.kernel(f, g)]
-    return torch.cat(plan).to(x.dtype)
+    return torch.cat(plan).to(problem.kind)
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class _Problem:
     epsilon: float
     p: float
     chunk: int | None
+    kind: torch.dtype = torch.float64  # of the samples as they were given, at least float32
     scale: float = 1.0
     moved: Tensor | float = 0.0  # the cost of the shift between the means, where it was taken out
 
@@ -138,19 +142,26 @@ def _prepare(
     x: Tensor, y: Tensor, epsilon: float, p: float, weights_x: Tensor | None, weights_y: Tensor | None,
     chunk: int | None,
 ) -> _Problem:
-    """Checks, and takes out what the plan does not depend on: the unit of length, and for p = 2 the means, since
-    |x - y|^2 splits into a shift of the means, a transport of the centred samples, and terms of one sample each."""
-    _validate.samples("x", x)
-    _validate.samples("y", y, tuple(x.shape[1:]))
-    _validate.positive("epsilon", epsilon)
-    if not 1 <= p < math.inf:
+    """Checks, and takes out what the plan does not depend on: the unit of length, what all samples have in common, and
+    for p = 2 the means, since |x - y|^2 splits into a shift of the means, a transport of the centred samples, and terms
+    of one sample each."""
+    x, y = _validate.pair(x, y)
+    kind, epsilon = x.dtype, _validate.positive("epsilon", epsilon)
+    if not _validate.number("p", p) >= 1:
         raise ValueError(f"p={p!r}: wanted a finite number >= 1")
     if chunk is not None:
         _validate.whole("chunk", chunk)
-    if x.dtype not in RANGES or y.dtype != x.dtype:
-        raise TypeError(f"x is {x.dtype} and y {y.dtype}; wanted both float32 or both float64")
     a, b = probabilities("weights_x", weights_x, x), probabilities("weights_y", weights_y, y)
     x, y = x.flatten(1), y.flatten(1)
+    centre = (x.detach().mean(0) + y.detach().mean(0)) / 2
+    # No cost is larger. Rounding errors of a cost are that times eps; and where epsilon is far above it, the potentials
+    # are small differences of large numbers.
+    longest = p * math.log(max(farthest(x - centre) + farthest(y - centre), 1e-300))
+    ratio = longest - math.log(epsilon)  # logarithms: the powers may leave the range of numbers
+    if ratio > math.log(SHOWS / torch.finfo(kind).eps) or ratio < math.log(0.1):
+        x, y, centre, a, b = (each.double() for each in (x, y, centre, a, b))
+        a, b = a / a.sum(), b / b.sum()
+    x, y = x - centre, y - centre
     scale = max(largest(x), largest(y))
     x, y = x / scale, y / scale
     moved: Tensor | float = 0.0
@@ -158,13 +169,19 @@ def _prepare(
         mean_x, mean_y = a @ x, b @ y
         moved = (mean_x - mean_y).square().sum()
         x, y = x - mean_x, y - mean_y
+    return _Problem(x, y, a, b, _resolved(epsilon, scale, x, y, p), p, chunk, kind, scale, moved)
+
+
+def _resolved(epsilon: float, scale: float, x: Tensor, y: Tensor, p: float) -> float:
+    """epsilon in units of scale^p, held where it makes a difference that can be computed: above the rounding error of
+    the largest cost, with a warning, and not far above that cost."""
     longest = (2 * max(largest(x), largest(y)) * math.sqrt(x.shape[1])) ** p
-    epsilon = math.exp(math.log(epsilon) - p * math.log(scale))
-    if epsilon > 10 * longest:  # the potentials are small differences of large numbers then
-        x, y, a, b = x.double(), y.double(), a.double() / a.double().sum(), b.double() / b.double().sum()
-    # Below the rounding error of the cost, and far above the cost, epsilon makes no difference that could be computed.
-    epsilon = min(max(epsilon, torch.finfo(x.dtype).eps * longest), 1e8 * longest)
-    return _Problem(x, y, a, b, epsilon, p, chunk, scale, moved)
+    wanted = math.exp(min(math.log(epsilon) - p * math.log(scale), 700.0))
+    least = torch.finfo(x.dtype).eps * longest
+    if wanted < least:
+        warnings.warn(f"sinkhorn: epsilon={epsilon:g} is below what {x.dtype} resolves beside costs of "
+                      f"{longest * scale**p:.2g}; {least * scale**p:.2g} was taken", RuntimeWarning, stacklevel=4)
+    return min(max(wanted, least), 1e8 * longest)
 
 
 def _transport(problem: _Problem, stop: tuple[float, int, bool]) -> Tensor:

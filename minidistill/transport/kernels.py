@@ -8,16 +8,20 @@ again in the backward pass, so that memory grows with n and not with n^2. Square
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minidistill import _validate
 from minidistill.transport._pairs import (
+    SHOWS,
     by_rows,
+    centred,
     distances,
+    farthest,
     in_units,
     largest,
     mean_of_rows,
@@ -46,7 +50,7 @@ class Kernel:
 def rational_quadratic(alpha: float) -> Kernel:
     """(1 + s / (2 alpha))^-alpha: a mixture of Gaussian kernels of all widths, the Gaussian itself as alpha grows.
     alpha = 1/2 is the inverse multiquadric (1 + s)^(-1/2)."""
-    _validate.positive("alpha", alpha)
+    alpha = _validate.positive("alpha", alpha)
 
     def power(excess: int, factor: float) -> Function:
         return lambda s: factor * (1 + s / (2 * alpha)) ** (-alpha - excess)
@@ -93,14 +97,13 @@ def mmd(
             "linear" (each sample is in one pair: time n, but a large variance; lemma 14).
         chunk: rows of pairs in memory at once; None for about four million pairs.
     """
-    least = 1 if estimator == "biased" else 2
-    _validate.samples("x", x, least=least)
-    _validate.samples("y", y, tuple(x.shape[1:]), least=least)
     if estimator not in ESTIMATORS:
         raise ValueError(_validate.closest("estimator", estimator, ESTIMATORS))
+    x, y = _validate.pair(x, y, least=1 if estimator == "biased" else 2)
     phi, widths = _kernel(kernel).value, _bandwidths(bandwidth, x, y)
-    x, y = in_units(widths[0], x, y)
-    ratios = [(widths[0] / width) ** 2 for width in widths]
+    finest = min(widths)
+    x, y = in_units(finest, x, y)
+    ratios = [(finest / width) ** 2 for width in widths]
 
     def k(s: Tensor) -> Tensor:
         return torch.stack([phi(s * ratio) for ratio in ratios]).mean(0) if len(ratios) > 1 else phi(s)
@@ -123,13 +126,11 @@ def energy_distance(
     estimator: "biased" counts each sample's zero distance to itself, which makes it a distance between the two sets,
     never negative; "unbiased" leaves it out.
     """
-    _exponent(alpha)
+    alpha = _exponent(alpha)
     if estimator not in ESTIMATORS[:2]:
         raise ValueError(_validate.closest("estimator", estimator, ESTIMATORS[:2]))
     others = estimator == "unbiased"
-    _validate.samples("x", x, least=1 + others)
-    _validate.samples("y", y, tuple(x.shape[1:]), least=1 + others)
-    x, y = x.flatten(1), y.flatten(1)
+    x, y = centred(*_validate.pair(x, y, least=1 + others))
     scale = max(largest(x), largest(y))
     x, y = x / scale, y / scale
 
@@ -146,13 +147,13 @@ def energy_score(samples: Tensor, observation: Tensor, alpha: float = 1.0, tau: 
     With m = 2 it is half of the loss of Shao 2025: |x1 - y| + |x2 - y| - tau |x1 - x2|, where tau < 1 sharpens. alpha
     = 2 is allowed, to be seen fail: it only compares means.
     """
-    if alpha != 2:
-        _exponent(alpha)
+    alpha = 2 if alpha == 2 else _exponent(alpha)
     _validate.positive("tau", tau, strictly=False)
     _validate.samples("observation", observation)
-    _ensemble(samples, "observation", observation, least=2)
+    samples, observation = _ensemble(samples, "observation", observation, least=2)
     m, n = samples.shape[:2]
-    x, y = samples.flatten(2).transpose(0, 1), observation.flatten(1).unsqueeze(1)  # (n, m, d), (n, 1, d)
+    flat, y = centred(samples.flatten(0, 1), observation)
+    x, y = flat.unflatten(0, (m, n)).transpose(0, 1), y.unsqueeze(1)  # (n, m, d), (n, 1, d)
     scale = max(largest(x), largest(y))
 
     def score(rows: slice) -> Tensor:
@@ -167,7 +168,7 @@ def crps(ensemble: Tensor, y: Tensor) -> Tensor:
     """The continuous ranked probability score of an ensemble (m, *shape) for y (*shape), elementwise -> (*shape):
     the integral over t of (F(t) - 1[y <= t])^2, F the ensemble's distribution function. Its mean over observations
     depends on m; see `almost_fair_crps`."""
-    _ensemble(ensemble, "y", y)
+    ensemble, y = _ensemble(ensemble, "y", y)
     return (ensemble - y).abs().mean(0) - _half_spread(ensemble)
 
 
@@ -178,9 +179,8 @@ def almost_fair_crps(ensemble: Tensor, y: Tensor, alpha: float = 0.95) -> Tensor
     alpha = 1 is the fair score, whose mean does not depend on m, but which lets one member run off while all others
     agree with y; alpha = 0 is `crps`.
     """
-    _ensemble(ensemble, "y", y, least=2)
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha={alpha!r}: wanted a number from 0 to 1")
+    ensemble, y = _ensemble(ensemble, "y", y, least=2)
+    alpha = _validate.number("alpha", alpha, 0, 1)
     m = len(ensemble)
     return (ensemble - y).abs().mean(0) - _half_spread(ensemble) * (m - 1 + alpha) / (m - 1)
 
@@ -200,12 +200,12 @@ def kernel_stein_discrepancy(
     like x. No normalising constant and no samples of the target are needed. It hardly sees wrong weights of modes
     far apart, as the score does not. estimator: "u" without the pairs (x, x), unbiased; "v" with them, never negative.
     """
-    x, s, k, h = _stein(x, score, kernel, bandwidth, estimator)
+    x, s, k, h, kind = _stein(x, score, kernel, bandwidth, estimator)
 
     def u(rows: slice) -> Tensor:
         return _stein_kernel(x, s, k, rows)
 
-    return mean_of_rows(u, len(x), chunk, estimator == "u") / h**2
+    return (mean_of_rows(u, len(x), chunk, estimator == "u") / h**2).to(kind)
 
 
 def truncated_kernel_stein_discrepancy(
@@ -224,12 +224,11 @@ def truncated_kernel_stein_discrepancy(
     boundary points: mean of u(x, x') - v(x)'K^-1 v(x'), K the boundary's kernel matrix (plus jitter I) and
     v_l(x) = s_l(x) k(x, .) + d k(x, .) / d x_l at those points, summed over coordinates l.
     """
-    _validate.samples("boundary", boundary, tuple(x.shape[1:]))
-    _validate.positive("jitter", jitter, strictly=False)
-    edge = boundary.to(x).flatten(1)
-    centre = medians(x.detach().flatten(1))
-    x, s, k, h = _stein(x, score, kernel, bandwidth, estimator)
-    edge = (edge - centre) / h
+    x, boundary = _validate.pair(x, boundary, names=("x", "boundary"))
+    jitter = _validate.positive("jitter", jitter, strictly=False)
+    centre = medians(x.flatten(1))
+    x, s, k, h, kind = _stein(x, score, kernel, bandwidth, estimator)
+    edge = (boundary.flatten(1) - centre).to(x) / h
     gram = k.value(squared_distances(edge, edge)) + jitter * torch.eye(len(edge), dtype=x.dtype, device=x.device)
     try:
         root = torch.linalg.cholesky(gram)
@@ -253,22 +252,29 @@ def truncated_kernel_stein_discrepancy(
         own = by_rows(lambda rows: whitened(rows).square().sum(), len(x), x.shape[1] * len(edge), chunk)
         total = total - torch.stack(own).sum()
     correction = total / (len(x) * (len(x) - others))
-    return (mean_of_rows(u, len(x), chunk, others) - correction) / h**2
+    return ((mean_of_rows(u, len(x), chunk, others) - correction) / h**2).to(kind)
 
 
 def _stein(
     x: Tensor, score: Function | Tensor, kernel: str | Kernel, bandwidth: float | None, estimator: str
-) -> tuple[Tensor, Tensor, Kernel, float]:
-    """Checked arguments: x centred and its score, both flat and in units of the bandwidth; kernel; bandwidth."""
+) -> tuple[Tensor, Tensor, Kernel, float, torch.dtype]:
+    """Checked arguments: x centred and its score, both flat and in units of the bandwidth; kernel; bandwidth; the
+    result's dtype."""
     if estimator not in ("u", "v"):
         raise ValueError(_validate.closest("estimator", estimator, ("u", "v")))
     _validate.samples("x", x, least=2 if estimator == "u" else 1)
-    k, h = _kernel(kernel), _bandwidths(bandwidth, x)[0]
     s = score if isinstance(score, Tensor) else score(x)
     _validate.samples("score", s, tuple(x.shape[1:]))
     if len(s) != len(x):
         raise ValueError(f"score has {len(s)} rows; wanted {len(x)}, one a sample")
-    return in_units(h, x)[0], s.to(x).flatten(1) * h, k, h
+    x, s = _validate.precise(x, s.to(x.device))
+    k, h = _kernel(kernel), _bandwidths(bandwidth, x)[0]
+    x, s, kind = in_units(h, x)[0], s.flatten(1) * h, x.dtype
+    # Products of a far sample and its score are rounded by their own size, which shows beside the trace, about d; so
+    # does the square of its score, which "u" takes out of the mean.
+    if torch.finfo(x.dtype).eps * farthest(s) * max(farthest(x), farthest(s) / len(x)) > SHOWS * x.shape[1]:
+        x, s = x.double(), s.double()
+    return x, s, k, h, kind
 
 
 def _stein_kernel(x: Tensor, s: Tensor, k: Kernel, rows: slice) -> Tensor:
@@ -288,29 +294,28 @@ def _kernel(kernel: str | Kernel) -> Kernel:
 def _bandwidths(bandwidth: float | Sequence[float] | None, *samples: Tensor) -> list[float]:
     if bandwidth is None:
         return [median_bandwidth(*samples)]
-    widths = [bandwidth] if isinstance(bandwidth, (int, float)) else list(bandwidth)
-    for width in widths:
-        _validate.positive("bandwidth", width)
+    several: Any = bandwidth if isinstance(bandwidth, Iterable) and getattr(bandwidth, "ndim", 1) != 0 else [bandwidth]
+    widths = [_validate.positive("bandwidth", width) for width in several]
     if not widths:
         raise ValueError("bandwidth is empty; wanted a number, several, or None")
     return widths
 
 
-def _exponent(alpha: float) -> None:
-    if not 0 < alpha < 2:
-        raise ValueError(f"alpha={alpha!r}: wanted a number between 0 and 2, both excluded")
+def _exponent(alpha: float) -> float:
+    return _validate.number("alpha", alpha, 0, 2, between=True)
 
 
-def _ensemble(x: Tensor, name: str, y: Tensor, least: int = 1) -> None:
-    """Raise unless x is (m, *shape of y) with m >= least, both finite."""
+def _ensemble(x: Tensor, name: str, y: Tensor, least: int = 1) -> list[Tensor]:
+    """Both in one dtype; an error unless x is (m, *shape of y) with m >= least, and both are finite."""
     first = "samples" if name == "observation" else "ensemble"
     for label, each in ((first, x), (name, y)):
         if not isinstance(each, Tensor) or not each.is_floating_point():
             raise TypeError(f"{label} is {type(each).__name__}; wanted a floating point tensor")
         _validate.finite(label, each)
-    if x.shape[1:] != y.shape or len(x) < least:
+    if not x.ndim or x.shape[1:] != y.shape or len(x) < least:
         raise ValueError(f"{first} has shape {tuple(x.shape)}; wanted (m, *{tuple(y.shape)}) with m >= {least}, as "
                          f"{name} has shape {tuple(y.shape)}")
+    return _validate.precise(x, y)
 
 
 def _half_spread(ensemble: Tensor) -> Tensor:

@@ -2,12 +2,10 @@
 
 Here are the exact Wasserstein distances: on the line, along random or the worst directions, and by assignment. The
 entropic ones are in `entropic.py`, those that average over pairs (MMD, energy, CRPS, kernel Stein) in `kernels.py`, and
-all of them have their names here. Wasserstein-1 from a trained critic is `wasserstein_critic.wasserstein_1_critic`.
+all of them have their names here. Wasserstein-1 from a trained critic is `critic.wasserstein_1_critic`.
 """
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import torch
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from minidistill import _validate
 from minidistill._random import normal
-from minidistill.transport._pairs import distances, largest, probabilities
+from minidistill.transport._pairs import centred, distances, largest, probabilities
 from minidistill.transport.entropic import sinkhorn
 
 __all__ = [
@@ -30,12 +28,15 @@ def wasserstein_1d(x: Tensor, y: Tensor, p: float = 2.0) -> Tensor:
 
     Sorted samples are the quantile functions; for n != m the two step functions are compared exactly.
     """
-    if not 1 <= p < math.inf:  # below 1 the sorted coupling is not the best
+    if not _validate.number("p", p) >= 1:  # below 1 the sorted coupling is not the best
         raise ValueError(f"p={p!r}: wanted a finite number >= 1")
-    if not x.ndim or not len(x) or not len(y) or x.shape[1:] != y.shape[1:]:
+    _validate.floats("x", x)
+    _validate.floats("y", y)
+    if not x.ndim or not y.ndim or not len(x) or not len(y) or x.shape[1:] != y.shape[1:]:
         raise ValueError(f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}; wanted (n, ...), (m, ...), not empty")
     _validate.finite("x", x)
     _validate.finite("y", y)
+    x, y = _validate.precise(x, y)
     x, y = x.sort(0).values, y.sort(0).values
     n, m = len(x), len(y)
     if n == m:
@@ -150,14 +151,13 @@ def _optimal_plan(cost: np.ndarray, a: Tensor, b: Tensor) -> np.ndarray:
 
 
 def _flat(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    _validate.samples("x", x)
-    _validate.samples("y", y, tuple(x.shape[1:]))
-    return x.flatten(1), y.flatten(1)
+    x, y = centred(*_validate.pair(x, y))
+    return x, y
 
 
 def _directions(x: Tensor, n_projections: int, generator: torch.Generator | None) -> Tensor:
     """Random unit vectors (d, n_projections)."""
-    _validate.whole("n_projections", n_projections)
+    n_projections = _validate.whole("n_projections", n_projections)
     directions = normal((x.shape[1], n_projections), x.device, torch.get_default_dtype(), generator).to(x)
     return directions / directions.norm(dim=0)
 

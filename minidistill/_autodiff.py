@@ -1,0 +1,55 @@
+"""torch.func's derivatives, made right where torch alone is not.
+
+Two things go wrong without a word or too late. Under `torch.inference_mode()` older releases (2.6 to 2.11 of those
+tried) give 0 for every derivative: there it is left for the time. And the fused kernels of attention have no second
+derivative, while whoever differentiates a network here may want its gradient too: the plain kernel has all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+__all__ = ["derivative", "differentiable", "ordinary", "vjp"]
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Inside the `with`, attention is computed by the kernel that can be differentiated twice, and derivatives are
+    right under inference mode too."""
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if torch.is_inference_mode_enabled() and not _right_in_inference_mode():
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())  # leaving inference mode alone would record every operation
+        yield
+
+
+def vjp(function: Callable[..., Any], *primals: Tensor, has_aux: bool = False) -> Any:
+    """`torch.func.vjp`, `differentiable`."""
+    with differentiable():
+        return torch.func.vjp(function, *map(ordinary, primals), has_aux=has_aux)
+
+
+def derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """d function / dt of an elementwise function. torch.func, since that works under no_grad and inside vmap too."""
+    with differentiable():
+        return torch.func.grad(lambda u: function(u).sum())(ordinary(t))
+
+
+def ordinary(value: Any) -> Any:
+    """The same, but that autograd takes it: a tensor made in inference mode is copied where that mode was left."""
+    made_there = isinstance(value, Tensor) and value.is_inference() and not torch.is_inference_mode_enabled()
+    return value.clone() if made_there else value
+
+
+@lru_cache(maxsize=1)
+def _right_in_inference_mode() -> bool:
+    with torch.inference_mode():
+        return float(torch.func.grad(torch.sin)(torch.zeros(()))) == 1
