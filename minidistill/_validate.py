@@ -200,6 +200,8 @@ def broadcast_sigma(sigma: Any, x: Tensor, *, positive: bool = False, name: str 
         if any_of(bad):
             given = out[bad].flatten()[0].item()
             raise ValueError(f"{name} holds {given:g}; wanted noise levels {'> 0' if positive else '>= 0'}")
+    if out.ndim == 1 and out.stride() == (0,) and len(out) == len(x) > 0:
+        return out[0]  # one level for all, as samplers hand it over: no need to compute with n of them
     if out.ndim == 0 or out.ndim == x.ndim:
         return out
     if out.shape != x.shape[:1]:

@@ -9,7 +9,7 @@
     empirical.py   the student's own denoiser without a network
     pairs.py       noise and the teacher's samples of it
     loop.py        critic steps, a generator step, an average
-    student.py     one step or several
+    student.py     what `distill` returns
     plateau.py     when to stop
     diagnosis.py   a look into a running distillation
 """
@@ -32,7 +32,8 @@ from minidistill.distillation.objectives import (
 )
 from minidistill.distillation.settings import SCHEDULES, Settings
 from minidistill.distillation.start import distill
-from minidistill.distillation.student import Distilled, draw
+from minidistill.distillation.student import Distilled
+from minidistill.networks import draw
 
 __all__ = [
     "DMD", "DMD2", "OBJECTIVES", "SCHEDULES", "AdversarialScoreIdentity", "Batch", "Diagnosis", "Distilled",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minidistill import training
-from minidistill.distillation.student import entrance
+from minidistill.networks.draws import entrance
 
 __all__ = ["Diagnosis", "diagnose"]
 

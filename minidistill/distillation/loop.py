@@ -18,8 +18,9 @@ from minidistill.distillation.objective import Needs, Objective, check_losses
 from minidistill.distillation.plateau import run_to_end, stop_on_plateau
 from minidistill.distillation.prepare import Run
 from minidistill.distillation.settings import SCHEDULES, Settings
-from minidistill.distillation.student import Distilled, Entrance, entrance
+from minidistill.distillation.student import Distilled
 from minidistill.networks import Generator
+from minidistill.networks.draws import Entrance, entrance
 from minidistill.score_matching import log_uniform_sigma
 from minidistill.training import parallel
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minidistill import _validate, training
+from minidistill._random import seeded
 from minidistill.data import to_float
 from minidistill.distillation.diagnosis import Diagnosis
 from minidistill.distillation.loop import train
@@ -155,8 +156,7 @@ def distill(
         if each is not None:
             probe(each, shape, sigma=sigma_data, n_classes=n_classes, device=device_of(each), name=name)
     rng = training.generator_on(device, seed)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # the caller's numbers stay
-        torch.manual_seed(seed)  # new networks' weights, and dropout
+    with seeded(seed, device):  # new networks' weights, and dropout
         run = prepare(teacher, generator, needs, settings, shape=shape, data=data, labels=labels, rng=rng,
                       second_teacher=second_teacher, progress=fit_options.get("progress", True))
         network = getattr(run.generator.denoiser, "network", None)

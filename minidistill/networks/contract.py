@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from minidistill import _validate
+
 __all__ = ["Teacher", "estimate_sigma_data", "probe"]
 
 
@@ -45,17 +47,13 @@ def probe(
     x = sigma * torch.linspace(-1, 1, 2, device=device).reshape(2, *[1] * len(shape)).expand(2, *shape).contiguous()
     level = torch.full((2,), float(sigma), device=device)
     label = torch.zeros(2, dtype=torch.long, device=device) if n_classes else None
-    wanted = f"wanted a floating tensor ({', '.join(map(str, (2, *shape)))}) for x of that shape and sigma (2,)"
     with torch.no_grad():
         try:
             out = teacher(x, level, label)
         except TypeError as error:
             raise TypeError(f"{name}: can't be called as D(x, sigma, label) with x {tuple(x.shape)}, sigma (2,) and "
                             f"label {'(2,)' if n_classes else None}: {error}") from error
-    if not isinstance(out, Tensor):
-        raise TypeError(f"{name} returned {type(out).__name__}; {wanted}")
-    if out.shape != x.shape or not out.is_floating_point():
-        raise ValueError(f"{name} returned {out.dtype} of shape {tuple(out.shape)}; {wanted}")
+    _validate.denoised(out, x, name)
 
 
 @torch.no_grad()

@@ -103,8 +103,8 @@ def in_chunks(
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             nonlocal evaluated
             evaluated += len(x)
-            given = x.to(kind)
-            out = denoiser(given, sigma) if label is None else denoiser(given, sigma, label)
+            given, levels = x.to(kind), sigma.to(kind).expand(len(x))  # one shape for every denoiser: (n,)
+            out = denoiser(given, levels) if label is None else denoiser(given, levels, label)
             return _validate.denoised(out, given).to(x.dtype)
 
         return denoise

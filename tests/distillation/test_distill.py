@@ -10,10 +10,10 @@ from minidistill.distillation import OBJECTIVES, DistributionMatching, Needs, Se
 from minidistill.distillation.objectives.matching import fake_loss
 from minidistill.distillation.plateau import stale
 from minidistill.distillation.prepare import prepare
-from minidistill.distillation.student import entrance
 from minidistill.distributions import GaussianMixture
 from minidistill.metrics import kl_both_ways
 from minidistill.networks import MLP, Correction, Denoiser, Generator
+from minidistill.networks.draws import entrance
 from minidistill.teachers import train_denoiser
 from tests.helpers import small_denoiser, small_ring, states_equal
 

@@ -221,11 +221,11 @@ def test_a_teacher_is_probed_once_and_its_answer_named(tmp_path):
     file = tmp_path / "run.safetensors"
     options = {**QUICK, "shape": (2,), "sigma_data": 1.0, "checkpoint": file}
     for teacher, error, message in (
-        (lambda x, s, label=None: x[:, :1], ValueError, r"teacher returned torch.float32 of shape \(2, 1\); wanted a"),
-        (lambda x, s, label=None: s, ValueError, r"teacher returned torch.float32 of shape \(2,\)"),
-        (lambda x, s, label=None: (x, s), TypeError, "teacher returned tuple; wanted a floating tensor"),
+        (lambda x, s, label=None: x[:, :1], ValueError, r"teacher returned shape \(2, 1\); wanted \(2, 2\), that of x"),
+        (lambda x, s, label=None: s, ValueError, r"teacher returned shape \(2,\)"),
+        (lambda x, s, label=None: (x, s), TypeError, "teacher returned tuple; wanted a floating point tensor"),
         (lambda x: x, TypeError, r"teacher: can't be called as D\(x, sigma, label\)"),
-        (lambda x, s, label=None: x.long(), ValueError, "teacher returned torch.int64"),
+        (lambda x, s, label=None: x.long(), TypeError, "teacher returned a tensor of torch.int64"),
     ):
         with pytest.raises(error, match=message):
             distill(teacher, **options)

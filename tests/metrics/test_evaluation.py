@@ -35,7 +35,7 @@ class Ideal(nn.Module):
     def forward(self, x, sigma, label):
         self.calls += 1
         apart = torch.cdist(x.flatten(1), self.images.flatten(1)).square()
-        logit = -apart / (2 * sigma**2)
+        logit = -apart / (2 * sigma[:, None] ** 2)
         logit = logit.masked_fill(label.unsqueeze(1) != self.labels, -math.inf)
         return (logit.softmax(1) @ self.images.flatten(1)).reshape(x.shape)
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from minidistill import samplers
 from minidistill.distributions import GaussianMixture, ring
 from minidistill.samplers import (
     SOLVERS,
@@ -177,7 +178,7 @@ def test_number_of_network_calls(name, options, calls, batch_size):
     seen, report = [], Report(calls=99.0, rejected=1.0)
 
     def counting(x, sigma):
-        seen.extend([float(sigma)] * len(x))
+        seen.extend(sigma.tolist())
         return TARGET(x, sigma)
 
     sample(counting, start(7), levels(7), name, report=report, batch_size=batch_size, **options)
@@ -402,3 +403,15 @@ def test_bad_arguments_are_named(call, error, message):
 def test_infinite_levels_are_refused():
     with pytest.raises(ValueError, match="sigmas="):
         euler(mixture_2d(), torch.zeros(2, 2, dtype=torch.float64), f64([math.inf, 1, 0]))
+
+
+@pytest.mark.parametrize("solver", samplers.SOLVERS)
+def test_every_solver_gives_the_denoiser_one_level_a_sample(solver):
+    seen = set()
+
+    def denoiser(x, sigma):
+        seen.add((tuple(x.shape), tuple(sigma.shape)))
+        return 0.5 * x
+
+    samplers.sample(denoiser, torch.ones(3, 2), samplers.karras_sigmas(4), solver, generator=torch.Generator())
+    assert seen == {((3, 2), (3,))}

@@ -67,7 +67,7 @@ def test_optimal_levels_of_a_known_path():
     """For D = x - sigma dx/dsigma with x = sigma^3, where it holds for all samples alike, d2x = 6 sigma, so that the
     clock is sigma^(3/2); for order 2, d3x = 6, it is sigma: even steps."""
     def denoiser(x, sigma):
-        return x - 3 * sigma**3
+        return x - 3 * sigma[:, None] ** 3
 
     x = torch.full((4, 2), 8.0, dtype=torch.float64)  # 2^3
     for order, power in ((1, 1.5), (2, 1.0)):

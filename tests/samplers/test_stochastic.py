@@ -196,7 +196,7 @@ def test_langevin_path_and_report():
     report, seen = Report(), []
 
     def counting(x, sigma, label):
-        seen.append((float(sigma), len(x)))
+        seen.append((float(sigma.mean()), len(x)))
         return mixture_2d()(x, sigma, label)
 
     def run(**options):
