@@ -1,9 +1,11 @@
 """Score matching: every way to learn a score, and what a field of scores is like.
 
-    losses.py   per-sample losses whose minimiser is the score: explicit, implicit, sliced, denoising, target, LCSS, ...
-    fields.py   Jacobians of a score: asymmetry, curl, the conservative penalty, the Fokker-Planck residual
+    denoising.py   the denoising loss, its weight and its noise levels: what almost everybody trains with
+    losses.py      the other losses whose minimiser is the score: explicit, implicit, sliced, target, LCSS, ...
+    fields.py      Jacobians of a score: asymmetry, curl, the conservative penalty, the Fokker-Planck residual
 """
 
+from minidistill.score_matching.denoising import denoising_loss, edm_weight, log_normal_sigma, log_uniform_sigma
 from minidistill.score_matching.fields import (
     asymmetry,
     conservative_penalty,
@@ -15,16 +17,12 @@ from minidistill.score_matching.fields import (
     rademacher,
 )
 from minidistill.score_matching.losses import (
-    denoising_loss,
     dlsm_loss,
-    edm_weight,
     explicit_loss,
     finite_difference_loss,
     implicit_loss,
     lcss_loss,
     local_dsm_loss,
-    log_normal_sigma,
-    log_uniform_sigma,
     mixed_target_loss,
     optimal_share,
     posterior_denoiser,
