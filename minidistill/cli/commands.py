@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -92,7 +94,10 @@ def distil(a: argparse.Namespace) -> None:
     critic_steps = Needs.of(OBJECTIVES[a.objective]).critic_steps or critic_steps  # some need many
 
     def draw_panel(seen: Diagnosis) -> None:
-        plotting.save(plotting.panel(seen).figure, out / "panel.png")  # type: ignore[arg-type]
+        try:
+            plotting.save(plotting.panel(seen).figure, out / "panel.png")  # type: ignore[arg-type]
+        except OSError as error:  # a picture is not worth a run
+            warnings.warn(f"{out / 'panel.png'} could not be written ({error})", stacklevel=2)
 
     steps = _steps(a)
     plotting.use_theme()

@@ -200,7 +200,7 @@ def check_weights(
 def check_finite(where: str | Path, tensors: Mapping[str, Tensor], error: type[Exception] = FloatingPointError) -> None:
     """Raise the error unless all floating tensors are finite: one reduction over all, and one look at its result."""
     floating = {name: value for name, value in tensors.items() if value.is_floating_point() and value.numel()}
-    if bool(nn.utils.get_total_norm(floating.values(), float("inf")).isfinite()):
+    if bool(nn.utils.get_total_norm(list(floating.values()), float("inf")).isfinite()):
         return
     bad = [name for name, value in floating.items() if not bool(value.isfinite().all())]
     if bad:

@@ -32,7 +32,7 @@ def writable(path: str | Path) -> Path:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; wanted a file's name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent):
+    with tempfile.TemporaryFile(dir=path.parent):
         pass
     return path
 

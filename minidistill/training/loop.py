@@ -67,7 +67,8 @@ def fit(
     the end and when a signal (Ctrl-C, SIGTERM, SIGHUP) asks the run to stop: it finishes the step, saves, and raises
     KeyboardInterrupt or `Terminated`. With `resume`, it is read back first if the file is there, which is this run's
     alone until `fit` returns. Of several processes (`parallel.py`) only number 0 writes and calls callbacks, however
-    long that takes. A save that fails is warned of, and the run goes on.
+    long that takes. A save that fails is warned of, and the run goes on; likewise an OSError of a callback, which is
+    raised only at the end, once the state is saved.
 
     An entry "skipped" of what `update` returns (as `optimizer_step`'s) says whether the step was left out. A state is
     not saved while they are, nor with a NaN or an infinity in it: the last good file stays.
@@ -86,7 +87,7 @@ def fit(
         _validate.whole(name, value, least=0 if name == "steps" else 1)
     if minutes is not None:
         _validate.positive("minutes", minutes)
-    main, size = parallel.rank() == 0, batch_size or 1
+    main = parallel.rank() == 0
     path = None if checkpoint is None else checkpoints.writable(checkpoint)
     with ExitStack() as stack:
         if path is not None:
@@ -97,16 +98,13 @@ def fit(
         stack.enter_context(_seeded(state.rng.initial_seed()))
         if path is not None and resume and path.exists():
             load_state(path, state)
-        bar = stack.enter_context(tqdm(
-            total=steps * size, initial=state.step * size, disable=not progress or not main, desc=description,
-            **({"unit": "sample", "unit_scale": True} if batch_size else {}), **bar_options,
-        ))
+        bar = stack.enter_context(_bar(state, steps, batch_size, description, shown=progress and main))
         ending = _Ending(stack.enter_context(signals.asked_to_stop()), minutes, state)
         health = _Health(state.rng.device)
         while state.step < steps:
             losses = update(state)
             state.step += 1
-            bar.update(size)
+            bar.update(batch_size or 1)
             health.add(losses.pop("skipped", None))
             asked, over = ending.now(state.step, last=state.step == steps)
             last = over or state.step == steps
@@ -117,13 +115,14 @@ def fit(
                 record = health.look(losses, state, ends=last and not asked)
             if saving or last:
                 check_state(state)
-            for callback in callbacks if calling and main else ():
-                record |= plain.record(callback(state))
-            if record:
+            called, failed = _call(callbacks if calling and main else (), state)
+            if record := record | called:
                 seen = {"images": state.step * batch_size} if batch_size else {}
                 state.history.append({"step": state.step, **seen, **record})
                 bar.set_postfix({name: f"{value:.3g}" for name, value in record.items()})
             outcome = _save(path, state, health, bool(last or asked)) if path is not None and saving and main else ""
+            if failed is not None and last:  # now that the state is safe
+                raise failed
             if calling or saving:
                 parallel.meet()  # the others wait for number 0, which may take long
             if asked:
@@ -133,6 +132,27 @@ def fit(
     if main and (problem := mostly_skipped(state.step, state.skipped)):
         warnings.warn(problem, stacklevel=2)
     return state
+
+
+def _bar(state: State, steps: int, batch_size: int | None, description: str, shown: bool) -> tqdm[Any]:
+    size = batch_size or 1
+    unit: dict[str, Any] = {"unit": "sample", "unit_scale": True} if batch_size else {}
+    return tqdm(total=steps * size, initial=state.step * size, disable=not shown, desc=description, **unit,
+                **bar_options)
+
+
+def _call(callbacks: Sequence[Callback], state: State) -> tuple[dict[str, Any], OSError | None]:
+    """(the numbers that callbacks return, what kept one of them from writing a file). A full disk does not end a run:
+    its callbacks are called again."""
+    record: dict[str, Any] = {}
+    failed = None
+    for callback in callbacks:
+        try:
+            record |= plain.record(callback(state))
+        except OSError as error:
+            failed = error
+            warnings.warn(f"a callback failed at step {state.step} ({error}); the run goes on", stacklevel=3)
+    return record, failed
 
 
 def mostly_skipped(step: int, skipped: int) -> str:

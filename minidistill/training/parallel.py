@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from minidistill import _validate
+
 __all__ = [
     "TIMEOUT", "any_of", "largest", "last_only", "mean", "meet", "orphaned", "parts", "rank", "start", "stop", "total",
     "workers", "world", "wrap",
@@ -40,7 +42,7 @@ def start(device: str | torch.device = "cpu", timeout: float | None = None) -> t
 
     timeout: seconds after which an exchange with a process that does not answer ends the run; None for the environment
     variable MINIDISTILL_TIMEOUT, else 180. Evaluations and saves on process 0 may take longer (`meet`).
-    Raises ValueError if there are more processes than GPUs.
+    Raises ValueError if there are more processes than GPUs, and for a time-out that is no number > 0.
     """
     global _launcher
     device = torch.device(device)
@@ -53,12 +55,24 @@ def start(device: str | torch.device = "cpu", timeout: float | None = None) -> t
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if not distributed.is_initialized():
-        seconds = float(os.environ.get("MINIDISTILL_TIMEOUT", TIMEOUT)) if timeout is None else timeout
         backend = "nccl" if device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, timeout=timedelta(seconds=seconds))
+        distributed.init_process_group(backend, timeout=timedelta(seconds=_seconds(timeout)))
         _launcher = os.getppid()
     meet()
     return device
+
+
+def _seconds(timeout: float | None) -> float:
+    if timeout is not None:
+        _validate.positive("timeout", timeout)
+        return timeout
+    given = os.environ.get("MINIDISTILL_TIMEOUT", "")
+    try:
+        seconds = float(given or TIMEOUT)
+        _validate.positive("MINIDISTILL_TIMEOUT", seconds)
+    except ValueError as error:
+        raise ValueError(f"MINIDISTILL_TIMEOUT={given!r}: wanted a number of seconds > 0") from error
+    return seconds
 
 
 def stop() -> None:
@@ -75,13 +89,13 @@ def orphaned() -> bool:
 
 
 def meet() -> None:
-    """Wait, however long it takes, until all processes are here: where process 0 alone evaluates or saves, the others
+    """Wait, for up to a day, until all processes are here: where process 0 alone evaluates or saves, the others
     would else give up waiting for it in their next exchange. Signals are noticed meanwhile."""
     global _waiting_room
     if world() == 1:
         return
     if _waiting_room is None:
-        _waiting_room = distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+        _waiting_room = distributed.new_group(backend="gloo", timeout=timedelta(days=1))
     arrived = distributed.barrier(_waiting_room, async_op=True)
     pause = 1e-4
     while not arrived.is_completed():  # Python's handlers run between two pauses, and not inside of a wait
@@ -172,7 +186,7 @@ def workers(
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         for child in set(multiprocessing.active_children()) - others:
-            child.terminate()
+            child.kill()
         raise
 
 

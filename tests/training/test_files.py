@@ -104,7 +104,7 @@ def test_a_run_has_its_checkpoint_to_itself(tmp_path):
         training.fit(toy_state(), toy_update, 3, progress=False, checkpoint=file)
 
     with pytest.raises(BlockingIOError, match=r"run\.safetensors is in use by another run"):
-        training.fit(toy_state(), toy_update, 3, progress=False, checkpoint=file, callbacks=[second], callback_every=1)
+        training.fit(toy_state(), second, 3, progress=False, checkpoint=file)
     training.fit(toy_state(), toy_update, 3, progress=False, checkpoint=file)
     assert [path.name for path in tmp_path.iterdir()] == ["run.safetensors"]
     assert torch.isfinite(torch.tensor(training.progress_of(file)["history"][-1]["loss"]))

@@ -108,6 +108,16 @@ def test_parts_cover_a_batch_once(world, rank, accumulate, monkeypatch):
         parallel.parts(47, 2 * accumulate)
 
 
+@pytest.mark.parametrize("given", ["soon", "0", "-3", "inf", "nan"])
+def test_a_time_out_that_is_none_is_named(given, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MINIDISTILL_TIMEOUT", given)
+    with pytest.raises(ValueError, match=f"MINIDISTILL_TIMEOUT='{given}': wanted a number of seconds > 0"):
+        parallel.start("cpu")
+    with pytest.raises(ValueError, match=r"timeout=-1\.0: wanted"):
+        parallel.start("cpu", timeout=-1.0)
+
+
 def test_alone_nothing_is_wrapped_or_summed():
     module = nn.Linear(1, 1)
     assert parallel.wrap(module) is module

@@ -1,5 +1,6 @@
 """What becomes of a run: numbers recorded, signals, explosions, disks that are full, resumption with something else."""
 
+import contextlib
 import errno
 import itertools
 import json
@@ -402,6 +403,25 @@ def test_a_trained_model_comes_back_though_its_state_could_not_be_written(tmp_pa
     with pytest.warns(UserWarning, match=r"run\.safetensors could not be written at step 5 .*; it is as it was before"):
         model = train_denoiser(DATA, steps=5, batch_size=8, progress=False, checkpoint=file)
     assert states_equal(model.state_dict(), train_denoiser(DATA, steps=5, batch_size=8, progress=False).state_dict())
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_a_callback_that_can_not_write_is_called_again(tmp_path, always):
+    """An export, say. At the end the state comes first; then the error is raised."""
+    file, seen = tmp_path / "run.safetensors", []
+
+    def export(state):
+        seen.append(state.step)
+        if always or state.step == 10:
+            raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
+
+    options = {"checkpoint": file, "callbacks": [export, lambda state: {"more": 1}], "callback_every": 5}
+    raised = pytest.raises(OSError, match="No space left") if always else contextlib.nullcontext()
+    with pytest.warns(UserWarning, match=r"a callback failed at step \d+ .*No space left.*; the run goes on"), raised:
+        training.fit(toy_state(), toy_update, 20, progress=False, **options)
+    progress = training.progress_of(file)
+    assert (progress["step"], seen) == (20, [5, 10, 15, 20])
+    assert [record["more"] for record in progress["history"]] == [1] * 4
 
 
 def test_an_interrupted_run_says_that_it_could_not_be_saved(tmp_path, disk):
