@@ -121,11 +121,12 @@ def floats(name: str, x: Any) -> None:
         raise TypeError(f"{name} is {kind}; wanted a floating point tensor of shape (n, ...)")
 
 
-def seed(name: str, value: int) -> None:
-    """Raise ValueError unless torch's generators take the number."""
-    whole(name, value, least=0)
+def seed(name: str, value: Any) -> int:
+    """The value; ValueError unless torch's generators take the number."""
+    value = whole(name, value, least=0)
     if value >= 2**64:
         raise ValueError(f"{name}={value}: wanted a whole number from 0 to 2^64 - 1")
+    return value
 
 
 def finite(name: str, x: Tensor) -> None:

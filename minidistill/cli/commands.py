@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace

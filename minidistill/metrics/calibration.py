@@ -19,7 +19,7 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, n_bins: in
     """
     _validate.samples("probabilities", probabilities)
     labels = _validate.labels("labels", labels, len(probabilities), probabilities.shape[1])
-    _validate.whole("n_bins", n_bins)
+    n_bins = _validate.whole("n_bins", n_bins)
     off = (probabilities.sum(1) - 1).abs().max().item()
     if off > 1e-3 or (probabilities < 0).any():
         raise ValueError(f"probabilities has rows that miss a sum of 1 by up to {off:.2g}, or negative entries; wanted "

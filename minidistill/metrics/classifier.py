@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from minidistill import _validate, data, training
+from minidistill._random import seeded
 from minidistill.training import checkpoints
 
 __all__ = [
@@ -113,8 +114,8 @@ def train_classifier(
     _validate.samples("images", images, least=2)
     labels = _validate.labels("labels", labels, len(images))
     rng = training.generator_on("cpu", seed)
-    torch.manual_seed(seed)
-    model = FeatureClassifier(tuple(images.shape[1:]), int(labels.max()) + 1)
+    with seeded(seed):  # initial weights
+        model = FeatureClassifier(tuple(images.shape[1:]), int(labels.max()) + 1)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3, weight_decay=1e-4, fused=True)
 
     def update(state: training.State) -> dict[str, Tensor]:
@@ -144,11 +145,11 @@ def train_cifar10_classifier(
         _validate.samples("images", images, least=least)
     if images.ndim != 4 or len(images) < least:
         raise ValueError(f"images has shape {tuple(images.shape)}; wanted (n, c, h, w) with n >= {least}")
-    labels = _validate.labels("labels", labels, len(images))
-    _validate.whole("batch_size", batch_size, least=2)
-    rng = training.generator_on("cpu", seed)
-    torch.manual_seed(seed)
-    model = ConvClassifier(tuple(images.shape[1:]), int(labels.max()) + 1, norm=True)
+    labels, batch_size = (
+        _validate.labels("labels", labels, len(images)), _validate.whole("batch_size", batch_size, least=2))
+    device, rng = _validate.device("device", device), training.generator_on("cpu", seed)
+    with seeded(seed):  # initial weights
+        model = ConvClassifier(tuple(images.shape[1:]), int(labels.max()) + 1, norm=True)
     model = model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
 

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from minidistill import _validate, data, samplers, training
 from minidistill.metrics.features import Extractor
 from minidistill.metrics.fidelity import frechet_distance, precision_recall
+from minidistill.networks import calls_of, device_of, draw
 
 __all__ = [
     "MANIFOLD_N", "Comparison", "Model", "Samples", "compare", "measure", "sample_student", "sample_teacher", "table",
@@ -38,84 +39,103 @@ class Comparison:
 
 def sample_teacher(
     teacher: Model, n: int, *, levels: int = 18, seed: int = 0, batch_size: int = 500,
-    device: torch.device | str | None = None, label: Tensor | None = None, sigma_max: float = 80.0,
-    solver: str = "heun", progress: bool = True,
+    device: torch.device | str | None = None, label: Tensor | None = None, sigma_min: float | None = None,
+    sigma_max: float | None = None, solver: str = "heun", progress: bool = True, report: samplers.Report | None = None,
 ) -> Samples:
     """n samples of a denoiser from sigma_max on `levels` noise levels, by Heun's method (Karras 2022, algorithm 1).
 
     Args:
         teacher: D(x, sigma, label) with a `shape`, and `n_classes` if it has classes.
         levels: noise levels; 2 * levels - 1 calls of the network with Heun.
-        seed: of the noise, drawn on the CPU: neither the device nor the batch size matters (but for rounding).
+        seed: of all noise, drawn on the CPU: the device does not matter, nor (but for rounding) the batch size, except
+            that the batches of a stochastic solver draw their noise one after the other.
         batch_size: samples a batch.
         device: where the model is, for it is not moved; default: where its parameters are, or the CPU without any.
         label: (n,) classes; default: 0, 1, 2, ... in turn if the teacher has classes.
-        solver: another of `samplers.SOLVERS`, with calls of its own; the noise of a stochastic one is the seed's.
+        sigma_min, sigma_max: the ends of Karras's levels; None for 0.004 and 160 of the teacher's `sigma_data`, which
+            are EDM's 0.002 and 80 for data of 0.5 (and for a teacher that does not tell its scale).
+        solver: another of `samplers.SOLVERS`, with calls of its own.
         progress: a tqdm bar over network calls.
+        report: filled in with the network calls per sample, and the levels.
     Returns:
         images (n, *shape) and labels (n,) or None, both on the CPU.
     Raises:
-        ValueError: bad counts, an unknown solver, a label that does not fit the teacher.
+        ValueError: bad counts, an unknown solver, a label that does not fit the teacher. TypeError: no `shape`.
+        FloatingPointError: samples that are not finite.
     """
-    _validate.whole("levels", levels)
+    levels = _validate.whole("levels", levels)
     _validate.choose("solver", solver, samplers.SOLVERS)
-    sigmas = samplers.karras_sigmas(levels, sigma_max=sigma_max)
-
-    def solve(z: Tensor, label: Tensor | None, call: Callable[..., Tensor]) -> Tensor:
-        rng = training.generator_on(z.device, seed)
-        return samplers.sample(call, sigmas[0] * z, sigmas, solver, label=label, generator=rng)
-
-    calls = 2 * levels - 1 if solver == "heun" else None  # None: a bar that counts without an end
-    return _sample(teacher, solve, n, calls, "teacher", seed, batch_size, device, label, progress)
+    sigmas = samplers.levels_of(teacher, levels, sigma_min, sigma_max)
+    n, batch_size, label, place = _asked(teacher, n, batch_size, label, device)
+    report = samplers.Report() if report is None else report
+    rng = training.generator_on("cpu", seed)  # the one generator of the call: the first noise, and then a chain's
+    z = torch.randn(n, *_shape(teacher), generator=rng)
+    calls = -(-n // batch_size) * (2 * levels - 1) if solver == "heun" else None  # None: a bar without an end
+    parts, evaluated = [], 0.0
+    with _bar(calls, "teacher", progress) as bar:
+        counted = _counted(teacher, bar)
+        for start in range(0, n, batch_size):
+            part = slice(start, start + batch_size)
+            mine = None if label is None else label[part].to(place)
+            x = sigmas[0] * z[part].to(place)
+            part_report = samplers.Report()
+            parts.append(samplers.sample(counted, x, sigmas, solver, label=mine, generator=rng,
+                                         report=part_report).cpu())
+            evaluated += part_report.calls * len(x)
+    report.calls, report.levels = evaluated / n, part_report.levels
+    return torch.cat(parts), label
 
 
 def sample_student(
     student: Model, n: int, *, seed: int = 0, batch_size: int = 500, device: torch.device | str | None = None,
-    label: Tensor | None = None, progress: bool = True,
+    label: Tensor | None = None, steps: int | None = None, progress: bool = True,
+    report: samplers.Report | None = None,
 ) -> Samples:
-    """n samples G(z, label) of a one-step student, one network call each; all else as in `sample_teacher`, the noise
-    too: with one seed, teacher and student start from the same z."""
-    def solve(z: Tensor, label: Tensor | None, call: Callable[..., Tensor]) -> Tensor:
-        return call(z, label)
-
-    return _sample(student, solve, n, 1, "student", seed, batch_size, device, label, progress)
-
-
-@torch.no_grad()
-def _sample(
-    model: Model, solve: Callable[..., Tensor], n: int, calls: int | None, name: str, seed: int,
-    batch_size: int, device: torch.device | str | None, label: Tensor | None, progress: bool,
-) -> Samples:
-    _validate.whole("n", n)
-    _validate.whole("batch_size", batch_size)
-    label = _asked(model, n, label)
-    place = _device(model) if device is None else torch.device(device)
-    z = torch.randn(n, *_shape(model), generator=training.generator_on("cpu", seed))
-    parts: list[Tensor] = []
-    starts = range(0, n, batch_size)
-    with tqdm(total=calls and calls * len(starts), disable=not progress, desc=f"sampling: {name}", unit="call",
-              **training.bar_options) as bar:
-
-        def call(*arguments: Any) -> Tensor:
-            out = model(*arguments)
-            bar.update()
-            return out
-
-        for start in starts:
-            part = slice(start, start + batch_size)
-            classes = None if label is None else label[part].to(place)
-            parts.append(solve(z[part].to(place), classes, call).cpu())
-    return torch.cat(parts), label
+    """n samples G(z, label) of a student, as `networks.draw` makes them: in one network call, or in as many as it has
+    levels, at most `steps`. All else as in `sample_teacher`, the first noise too: with one seed, teacher and student
+    start from the same z."""
+    n, batch_size, label, place = _asked(student, n, batch_size, label, device)
+    calls = calls_of(student, steps)
+    _shape(student)
+    with _bar(-(-n // batch_size) * calls, "student", progress) as bar:
+        images = draw(student, n, label=label, seed=seed, steps=steps, batch_size=batch_size, device=place,
+                      after_call=bar.update).cpu()
+    if not bool(images.isfinite().all()):
+        raise FloatingPointError("the student's samples are not finite")
+    if report is not None:
+        report.calls, report.levels = float(calls), []
+    return images, label
 
 
-def _asked(model: Model, n: int, label: Tensor | None) -> Tensor | None:
-    """The classes to draw, (n,) on the CPU, checked: those given, or all in turn."""
+def _asked(
+    model: Model, n: int, batch_size: int, label: Tensor | None, device: torch.device | str | None
+) -> tuple[int, int, Tensor | None, torch.device]:
+    """Counts, classes to draw, (n,) on the CPU (those given, or all in turn), and the place, checked."""
+    n, batch_size = _validate.whole("n", n), _validate.whole("batch_size", batch_size)
+    place = device_of(model) if device is None else _validate.device("device", device)
     n_classes = _n_classes(model)
     if label is None:
-        return torch.arange(n) % n_classes if n_classes else None
-    if not n_classes:
+        label = torch.arange(n) % n_classes if n_classes else None
+    elif not n_classes:
         raise ValueError("label: this model has no classes; wanted None")
-    return _validate.labels("label", label, n, n_classes).cpu()
+    else:
+        label = _validate.labels("label", label, n, n_classes).cpu()
+    return n, batch_size, label, place
+
+
+def _bar(calls: int | None, name: str, progress: bool) -> Any:
+    return tqdm(total=calls, disable=not progress, desc=f"sampling: {name}", unit="call", **training.bar_options)
+
+
+def _counted(model: Model, bar: Any) -> Model:
+    """The model, moving the bar on at each call; it tells its scale as before."""
+    def call(*arguments: Any) -> Tensor:
+        out = model(*arguments)
+        bar.update()
+        return out
+
+    call.sigma_data = getattr(model, "sigma_data", None)  # type: ignore[attr-defined]
+    return call
 
 
 def _shape(model: Model) -> tuple[int, ...]:
@@ -126,13 +146,6 @@ def _shape(model: Model) -> tuple[int, ...]:
 
 def _n_classes(model: Model) -> int:
     return int(getattr(model, "n_classes", 0))
-
-
-def _device(model: Model) -> torch.device:
-    """Where the model's weights are; the CPU for a callable without any."""
-    parameters = getattr(model, "parameters", None)
-    first = next(iter(parameters()), None) if callable(parameters) else None
-    return torch.device("cpu") if first is None else first.device
 
 
 def measure(
@@ -166,15 +179,15 @@ def _some(x: Tensor, rng: torch.Generator) -> Tensor:
 
 def compare(
     teacher: Model, students: Model | Mapping[str, Model], reference: Tensor, *,
-    n: int = 10_000, seed: int = 0, features: Extractor, levels: int = 18, sigma_max: float = 80.0,
-    solver: str = "heun", batch_size: int = 500, device: torch.device | str | None = None, k: int = 3,
-    progress: bool = True,
+    n: int = 10_000, seed: int = 0, features: Extractor, levels: int = 18, sigma_min: float | None = None,
+    sigma_max: float | None = None, solver: str = "heun", batch_size: int = 500,
+    device: torch.device | str | None = None, k: int = 3, progress: bool = True,
 ) -> Comparison:
-    """The teacher, whose sampler takes 2 * levels - 1 network calls if it is Heun's, and its students at one, measured
-    alike: same n, noise, classes, features and reference.
+    """The teacher by a solver on its levels and its students at their own few network calls, measured alike: same n,
+    noise, classes, features and reference.
 
     Args:
-        teacher: as in `sample_teacher`.
+        teacher, levels, sigma_min, sigma_max, solver: as in `sample_teacher`.
         students: one, or several by name; {} for the teacher alone.
         reference: real images (m, *shape), uint8 or floats in [-1, 1]; the Frechet distance uses all of them.
         n: samples of each model. The Frechet distance is biased upwards for few, so compare at equal n only.
@@ -191,24 +204,25 @@ def compare(
     """
     named = dict(students) if isinstance(students, Mapping) else {"student": students}
     _check(teacher, named, reference, features, n, k)
-    _validate.whole("levels", levels)  # the Karras schedule would call it n
+    levels = _validate.whole("levels", levels)  # the Karras schedule would call it n
+    batch_size, seed = _validate.whole("batch_size", batch_size), _validate.seed("seed", seed)
     _validate.choose("solver", solver, samplers.SOLVERS)
-    _validate.whole("batch_size", batch_size)
-    _validate.seed("seed", seed)
-    samplers.karras_sigmas(levels, sigma_max=sigma_max)  # checks sigma_max
+    samplers.levels_of(teacher, levels, sigma_min, sigma_max)  # checks their ends
     options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "device": device, "progress": progress}
     real = features(reference, progress=progress)
     rows: list[dict[str, Any]] = []
     samples: dict[str, Tensor] = {}
     labels: Tensor | None = None
     for name in ("teacher", *named):
-        model = _Counted(named.get(name, teacher))
+        report = samplers.Report()
         if name == "teacher":
-            images, labels = sample_teacher(model, n, levels=levels, solver=solver, sigma_max=sigma_max, **options)
+            images, labels = sample_teacher(teacher, n, levels=levels, sigma_min=sigma_min, sigma_max=sigma_max,
+                                            solver=solver, report=report, **options)
         else:
-            images, labels = sample_student(model, n, **options)
+            images, labels = sample_student(named[name], n, report=report, **options)
         row = measure(name, images, real, features, label=labels, k=k, seed=seed, progress=progress)
-        row |= {"calls": round(model.calls / -(-n // batch_size)), "seed": seed}
+        calls = int(report.calls) if report.calls == int(report.calls) else round(report.calls, 1)
+        row |= {"calls": calls, "seed": seed} | ({"solver": solver} if name == "teacher" and solver != "heun" else {})
         best = rows[0]["frechet"] if rows else row["frechet"]
         row["frechet_ratio"] = row["frechet"] / best if best > 0 else None
         rows.append(row)
@@ -216,25 +230,11 @@ def compare(
     return Comparison(rows, samples, labels)
 
 
-class _Counted:
-    """A model that counts its calls, of which there are as many for each batch."""
-
-    def __init__(self, model: Model) -> None:
-        self.model, self.calls = model, 0
-
-    def __call__(self, *arguments: Any) -> Tensor:
-        self.calls += 1
-        return self.model(*arguments)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-
 def _check(
     teacher: Model, students: Mapping[str, Model], reference: Tensor, features: Extractor, n: int, k: int
 ) -> None:
     """Raise ValueError unless everything that `compare` takes goes together."""
-    _validate.whole("k", k)
+    k = _validate.whole("k", k)
     _validate.whole("n", n, least=max(2, k + 1))
     if "teacher" in students:
         raise ValueError("students: the name 'teacher' is taken; wanted another")
@@ -261,7 +261,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"{'':<{wide}} " + " ".join(f"{title:>11}" for title in head)]
     for row in rows:
         ratio = cell(row, "frechet_ratio", ".2f")
-        cells = (cell(row, "calls", "d"), cell(row, "frechet", ".4g"), ratio if ratio == "-" else f"{ratio} x",
+        cells = (cell(row, "calls", "g"), cell(row, "frechet", ".4g"), ratio if ratio == "-" else f"{ratio} x",
                  cell(row, "precision", ".3f"), cell(row, "recall", ".3f"), cell(row, "recognised", ".1%"))
         lines.append(f"{row['model']:<{wide}} " + " ".join(f"{text:>11}" for text in cells))
     first = rows[0]

@@ -61,8 +61,8 @@ class Extractor:
     device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
-        _validate.whole("dim", self.dim)
-        _validate.whole("batch_size", self.batch_size)
+        self.dim = _validate.whole("dim", self.dim)
+        self.batch_size = _validate.whole("batch_size", self.batch_size)
 
     def __call__(self, images: Tensor, *, progress: bool = False) -> Tensor:
         """Features (n, dim), float32 on the CPU, of images (n, c, h, w): floats in [-1, 1] or uint8.
@@ -93,7 +93,7 @@ class Extractor:
 
     @torch.no_grad()
     def _batches(self, function: Callable[[Tensor], Tensor], images: Tensor, progress: bool = False) -> list[Tensor]:
-        if images.dtype != torch.uint8:
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8:
             _validate.samples("images", images)
         self.check_shape("images", tuple(images.shape[1:]))
         batches = tqdm(images.split(self.batch_size), disable=not progress, desc=f"features: {self.name}",

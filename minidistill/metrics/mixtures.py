@@ -15,8 +15,14 @@ from minidistill.distributions import GaussianMixture
 from minidistill.transport import sliced_wasserstein
 
 __all__ = [
-    "GridKL", "ModeCoverage", "kl_both_ways", "kl_on_grid", "mode_coverage", "over_floor", "reverse_kl_on_grid",
+    "BLOCK", "MOST_CELLS", "WHOLE", "GridKL", "ModeCoverage", "kl_both_ways", "kl_on_grid", "mode_coverage",
+    "over_floor", "reverse_kl_on_grid",
 ]
+
+
+WHOLE = 2**24  # numbers in memory at once; larger grids are visited in blocks
+BLOCK = 512  # cells of a block's side
+MOST_CELLS = 10**9
 
 
 class GridKL(NamedTuple):
@@ -35,42 +41,60 @@ def kl_both_ways(target: GaussianMixture, samples: Tensor, sigma: float = 0.1, n
     The grid holds the target's modes with 5 standard deviations around them, and all samples up to twice as far
     out; what is beyond is reported as `outside`. Densities under 1e-300 count as 1e-300, which bounds the KL of
     a missed mode. Finite n biases the estimate upwards by about (area of the modes / 4 pi sigma^2) / 2n.
-    Raises ValueError unless the target is two-dimensional and the samples are finite and (n, 2).
+    The grid's cells are sigma / 2 wide, and are visited in blocks.
+    Raises ValueError unless the target is two-dimensional and the samples are finite and (n, 2), and for a sigma so
+    fine beside the target that the grid would have more than 10^9 cells.
     """
+    _mixture(target)
     if target.shape != (2,):
         raise ValueError(f"target has samples of shape {target.shape}; a grid needs (2,)")
     _validate.samples("samples", samples, (2,))
-    _validate.positive("sigma", sigma)
+    sigma, n_cells = _validate.positive("sigma", sigma), _validate.whole("n_cells", n_cells, least=2)
     x = samples.detach().double().to(target.means.device)
     smoothed = target.to(torch.float64).noised(sigma)
     axes = _grid_axes(smoothed, x, sigma, n_cells)
     cell = float((axes[0][1] - axes[0][0]) * (axes[1][1] - axes[1][0]))
-    # A Gaussian kernel is a product over the two axes, so the density on the whole grid is one matrix product.
-    bumps = [torch.exp(-0.5 * ((x[:, i : i + 1] - axis) / sigma).square()) for i, axis in enumerate(axes)]
-    q = (bumps[0].T @ bumps[1]).flatten() / (len(x) * 2 * math.pi * sigma**2)
-    log_p = smoothed.log_prob(torch.cartesian_prod(*axes))
-    log_q = q.clamp(min=1e-300).log()
-    return GridKL(
-        kl=float((log_p.exp() * (log_p - log_q)).sum() * cell),
-        reverse_kl=float((q * (log_q - log_p)).sum() * cell),
-        outside=max(0.0, 1 - float(q.sum() * cell)),
-        sigma=sigma,
-    )
+    kl, reverse_kl, inside = 0.0, 0.0, 0.0
+    for block in _blocks(axes, len(x)):
+        # Kernels farther off than this are 0 in float64.
+        near = [(x[:, i] > axis[0] - 39 * sigma) & (x[:, i] < axis[-1] + 39 * sigma) for i, axis in enumerate(block)]
+        here = x if block is axes else x[near[0] & near[1]]
+        # A Gaussian kernel is a product over the two axes, so the density on the block is one matrix product.
+        bumps = [torch.exp(-0.5 * ((here[:, i : i + 1] - axis) / sigma).square()) for i, axis in enumerate(block)]
+        q = (bumps[0].T @ bumps[1]).flatten() / (len(x) * 2 * math.pi * sigma**2)
+        log_p = smoothed.log_prob(torch.cartesian_prod(*block))
+        log_q = q.clamp(min=1e-300).log()
+        kl += float((log_p.exp() * (log_p - log_q)).sum() * cell)
+        reverse_kl += float((q * (log_q - log_p)).sum() * cell)
+        inside += float(q.sum() * cell)
+    return GridKL(kl, reverse_kl, max(0.0, 1 - inside), sigma)
+
+
+def _blocks(axes: list[Tensor], n: int) -> list[list[Tensor]]:
+    """The grid, as a list of its axes, or pieces of it: neither it nor the samples' kernels are to fill the memory."""
+    cells = math.prod(len(axis) for axis in axes)
+    if cells <= WHOLE and n * max(len(axis) for axis in axes) <= 8 * WHOLE:
+        return [axes]
+    return [[first, second] for first in axes[0].split(BLOCK) for second in axes[1].split(BLOCK)]
 
 
 def _grid_axes(smoothed: GaussianMixture, x: Tensor, sigma: float, n_cells: int) -> list[Tensor]:
     """The grid's coordinates along either axis: cells at most sigma / 2 wide, which a trapezoid rule on
     densities that smooth integrates to machine precision."""
-    reach = 5 * smoothed.covs.diagonal(dim1=1, dim2=2).max().sqrt()
-    axes = []
+    reach = 5 * smoothed.variances.max().sqrt()
+    ends, counts = [], []
     for means, values in zip(smoothed.means.T, x.T, strict=True):
         low, high = means.min() - reach, means.max() + reach
         half = (high - low) / 2
         low = torch.maximum(low - half, torch.minimum(low, values.min() - 5 * sigma))
         high = torch.minimum(high + half, torch.maximum(high, values.max() + 5 * sigma))
-        count = max(n_cells, math.ceil(float(high - low) / (sigma / 2)))
-        axes.append(torch.linspace(float(low), float(high), count, dtype=torch.float64, device=x.device))
-    return axes
+        ends.append((float(low), float(high)))
+        counts.append(max(n_cells, math.ceil((ends[-1][1] - ends[-1][0]) / (sigma / 2))))
+    if math.prod(counts) > MOST_CELLS:
+        raise ValueError(f"sigma={sigma:g}: cells half as wide would be {math.prod(counts):.2g} over the target and "
+                         f"its samples; wanted a sigma that leaves {MOST_CELLS:.0e} at most")
+    return [torch.linspace(*end, count, dtype=torch.float64, device=x.device)
+            for end, count in zip(ends, counts, strict=True)]
 
 
 def kl_on_grid(target: GaussianMixture, samples: Tensor, sigma: float = 0.1) -> float:
@@ -95,11 +119,11 @@ class ModeCoverage(NamedTuple):
 
 def mode_coverage(target: GaussianMixture, samples: Tensor) -> ModeCoverage:
     """Assign each sample (n, d) to the component nearest in standard deviations, and compare with the weights."""
+    _mixture(target)
     _validate.samples("samples", samples, target.shape)
     x = samples.detach().to(target.means)
-    white = torch.linalg.cholesky(target.covs).inverse()  # (k, d, d), to units of standard deviations
-    offset = torch.einsum("kij,nkj->nki", white, x.unsqueeze(1) - target.means)
-    distance, nearest = offset.norm(dim=2).min(1)
+    rows = max(1, WHOLE // target.means.numel())  # whose offsets to all means are in memory at once
+    distance, nearest = torch.cat([target.distances(part) for part in x.split(rows)]).min(1)
     shares = torch.bincount(nearest, minlength=target.n_components).to(x) / len(x)
     ratio = shares / target.weights
     return ModeCoverage(
@@ -115,8 +139,9 @@ def over_floor(target: GaussianMixture, samples: Tensor, seed: int = 0, sets: in
     """The sliced W2 of samples (n, d) to exact ones over that between exact sets: 1 for a perfect student. The same n
     and directions for both; both are means, over `sets` fresh sets and over all pairs of them, since single floors vary
     by half. ValueError for samples of another shape than the target's, or fewer than 2 sets."""
+    _mixture(target)
     _validate.samples("samples", samples, target.shape)
-    _validate.whole("sets", sets, least=2)
+    sets, seed = _validate.whole("sets", sets, least=2), _validate.whole("seed", seed, least=0)
     exact, floor = _exact_sets(target, len(samples), seed, sets)
     return _mean_distance(samples, exact) / floor
 
@@ -134,3 +159,7 @@ def _mean_distance(x: Tensor, others: Sequence[Tensor]) -> float:
     distances = [sliced_wasserstein(x, y, generator=torch.Generator().manual_seed(0)) for y in others]
     return float(sum(distances)) / len(distances)
 
+
+def _mixture(target: object) -> None:
+    if not isinstance(target, GaussianMixture):
+        raise TypeError(f"target is {type(target).__name__}; wanted a GaussianMixture")

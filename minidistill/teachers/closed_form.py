@@ -32,7 +32,7 @@ class GaussianTeacher:
     """
 
     def __init__(self, data: Tensor, labels: Tensor | None = None) -> None:
-        labels, n_classes = _check_data(data, labels)
+        n_classes, labels = _check_data(data, labels)
         groups = [data] + [data[labels == c] for c in range(n_classes)]
         moments = [_moments(group) for group in groups]
         self._build(torch.stack([m for m, _ in moments]), torch.stack([c for _, c in moments]), data)
@@ -40,6 +40,8 @@ class GaussianTeacher:
     @classmethod
     def from_moments(cls, mean: Tensor, cov: Tensor) -> GaussianTeacher:
         """N(mean, cov) with mean (*shape) and cov (dim, dim), symmetric and positive semi-definite."""
+        _validate.floats("mean", mean)
+        _validate.floats("cov", cov)
         dim = mean.numel()
         if cov.shape != (dim, dim) or not torch.allclose(cov, cov.mT, rtol=1e-4):
             raise ValueError(f"cov has shape {tuple(cov.shape)}; wanted a symmetric ({dim}, {dim})")
@@ -69,9 +71,9 @@ class GaussianTeacher:
 
     def noised(self, sigma: float) -> GaussianTeacher:
         """The law of `x0 + sigma e`: the same axes, sigma^2 more variance along each."""
-        _validate.positive("sigma", float(sigma), strictly=False)
+        sigma = float(_validate.positive("sigma", sigma, strictly=False))
         out = object.__new__(GaussianTeacher)
-        out.__dict__.update(self.__dict__, _variances=self._variances + float(sigma) ** 2)
+        out.__dict__.update(self.__dict__, _variances=self._variances + sigma**2)
         return out
 
     def __call__(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
@@ -102,7 +104,7 @@ class GaussianTeacher:
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n draws of the Gaussian of all data, (n, *shape)."""
-        _validate.whole("n", n, least=0)
+        n = _validate.whole("n", n, least=0)
         noise = normal((n, self._means.shape[1]), self._means.device, self.dtype, generator)
         return self.mean + ((noise * self._variances[0].sqrt().to(noise)) @ self._axes[0].to(noise).mT
                             ).reshape(n, *self.shape)
@@ -151,11 +153,10 @@ class EmpiricalTeacher:
         self, data: Tensor, smoothing: float = 0.0, labels: Tensor | None = None, *, top_k: int | None = None,
         chunk: int = 2048, draws: int = 16, generator: torch.Generator | None = None,
     ) -> None:
-        labels, self.n_classes = _check_data(data, labels)
-        _validate.positive("smoothing", smoothing, strictly=False)
-        _validate.whole("chunk", chunk)
-        if top_k is not None:
-            _validate.whole("top_k", top_k)
+        self.n_classes, labels = _check_data(data, labels)
+        smoothing, chunk = _validate.positive("smoothing", smoothing, strictly=False), _validate.whole("chunk", chunk)
+        top_k = None if top_k is None else _validate.whole("top_k", top_k)
+        draws = _validate.whole("draws", draws, least=0)
         if draws < 2 or draws % 2:
             raise ValueError(f"draws={draws}: wanted an even number, 2 or more")
         self.data, self.shape, self.smoothing = data, tuple(data.shape[1:]), float(smoothing)
@@ -163,12 +164,14 @@ class EmpiricalTeacher:
         half = normal((draws // 2 if smoothing else 0, *self.shape), data.device, torch.get_default_dtype(), generator)
         self.noise = torch.cat([half, -half])  # (draws, *shape), and none without smoothing
         self._rows = [None if labels is None else (labels == c).nonzero()[:, 0] for c in range(self.n_classes)]
-        # Everything is measured from the mean, which takes the common part out of the large numbers.
-        totals = [part.double().sum(0) for _, part in self._chunks(None, None)]
-        self._centre = torch.stack(totals).sum(0) / len(data)  # (dim,) float64
+        # Everything is measured from the median of some points, which takes the common part out of the large numbers
+        # and is not moved by a few far ones. It has the data's own digits, so that differences to it are exact.
+        self._centre = self._floats(data[:: math.ceil(len(data) / 1000)], None).median(0).values.double()  # (dim,)
+        totals = [(part.double() - self._centre).sum(0) for _, part in self._chunks(None, None)]
         norms = [(part.double() - self._centre).square().sum(1) for _, part in self._chunks(None, None)]
         self._norms = torch.cat(norms)  # |x_i|^2, (n,) float64
-        self.sigma_data = float((self._norms.mean() / len(self._centre)).sqrt())
+        off = (torch.stack(totals).sum(0) / len(data)).square().sum()  # of the mean
+        self.sigma_data = float(((self._norms.mean() - off).clamp(min=0) / len(self._centre)).sqrt())
 
     def __call__(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         """E[x0 | x], (n, *shape): x (n, *shape), sigma > 0 a float or (n,), label (n,) or None."""
@@ -214,13 +217,21 @@ class EmpiricalTeacher:
         return torch.stack([w @ self._floats(self.data[rows], x.dtype) for w, rows in pairs])
 
     def _logits(self, x: Tensor, sigma: Tensor, part: Tensor, rows: Tensor, wide: torch.dtype) -> Tensor:
-        """-|x - x_i|^2 / (2 sigma^2) + |x|^2 / (2 sigma^2), (n, chunk): the part that depends on i."""
+        """-|x - x_i|^2 / (2 sigma^2) + |x|^2 / (2 sigma^2), (n, chunk): the part that depends on i. Where even float64
+        would lose it beside |x| |x_i|, the squared distances themselves, from differences."""
+        if wide == torch.float64 and self._size(x, sigma) * torch.finfo(wide).eps > ROUNDING:
+            apart = torch.cdist(x.to(wide), part.to(wide), compute_mode="donot_use_mm_for_euclid_dist")
+            return -(apart / sigma.to(wide)).square() / 2
         return (x.to(wide) @ part.to(wide).mT - self._norms[rows].to(wide) / 2) / sigma.to(wide).square()
 
     def _wide(self, x: Tensor, sigma: Tensor) -> torch.dtype:
         """x's precision if rounding |x||x_i| hardly changes the logits, else float64."""
-        size = (x.detach().norm(dim=1) * float(self._norms.max().sqrt()) / sigma[:, 0].square()).amax()
-        return torch.float64 if float(size) * torch.finfo(x.dtype).eps > ROUNDING else x.dtype
+        return torch.float64 if self._size(x, sigma) * torch.finfo(x.dtype).eps > ROUNDING else x.dtype
+
+    def _size(self, x: Tensor, sigma: Tensor) -> float:
+        """The largest |x| |x_i| / sigma^2."""
+        lengths = x.detach().double().norm(dim=1) * self._norms.max().sqrt()
+        return float((lengths / sigma[:, 0].double().square()).amax())
 
     def _chunks(self, which: Tensor | None, dtype: torch.dtype | None) -> Iterator[tuple[Tensor, Tensor]]:
         """(their numbers, the data points as floats about the centre), (chunk,) and (chunk, dim) at a time."""
@@ -240,20 +251,20 @@ class EmpiricalTeacher:
 
 # ---------------------------------------------------------------------------------- what both share
 
-def _check_data(data: Tensor, labels: Tensor | None) -> tuple[Tensor | None, int]:
-    """Raise unless data are (n, *shape), floating and finite or bytes, with fitting labels. Returns the labels, int64,
-    and the number of classes."""
+def _check_data(data: Tensor, labels: Tensor | None) -> tuple[int, Tensor | None]:
+    """The number of classes and the labels; an error unless data are (n, *shape), floating and finite or bytes, and the
+    labels fit."""
     if not (isinstance(data, Tensor) and data.dtype == torch.uint8 and data.ndim >= 2 and len(data)):
         _validate.samples("data", data)
     if labels is None:
-        return None, 0
+        return 0, None
     labels = _validate.labels("labels", labels, len(data))
     n_classes = int(labels.max()) + 1
     counts = torch.bincount(labels, minlength=n_classes)
     if not bool(counts.all()):
         missing = int(counts.argmin())
         raise ValueError(f"labels: no sample has class {missing}; wanted some of each, 0 to {n_classes - 1}")
-    return labels, n_classes
+    return n_classes, labels
 
 
 def _moments(data: Tensor, chunk: int = 4096) -> tuple[Tensor, Tensor]:
@@ -268,7 +279,8 @@ def _moments(data: Tensor, chunk: int = 4096) -> tuple[Tensor, Tensor]:
 
 
 def _check_x(teacher: GaussianTeacher | EmpiricalTeacher, x: Tensor) -> None:
-    if not x.is_floating_point() or tuple(x.shape[1:]) != teacher.shape:
+    _validate.floats("x", x)
+    if tuple(x.shape[1:]) != teacher.shape:
         raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; wanted floats of shape "
                          f"(n, {', '.join(map(str, teacher.shape))})")
 
@@ -291,8 +303,8 @@ def _groups(
     if not teacher.n_classes:
         raise ValueError("label: this teacher was made without labels; wanted None")
     label = _validate.labels("label", label, n, teacher.n_classes)
-    for c in label.unique().tolist():
-        yield 1 + c, (label == c).nonzero()[:, 0]
+    for c in label.unique():  # not tolist(), which torch before 2.11 refuses inside torch.func
+        yield 1 + int(c), (label == c).nonzero()[:, 0]
 
 
 def _ungroup(parts: list[Tensor], label: Tensor | None) -> Tensor:

@@ -46,11 +46,11 @@ class DiffusersDenoiser(nn.Module):
         sigma_data: float = 0.5,
     ) -> None:
         super().__init__()
-        _validate.positive("sigma_data", sigma_data)
+        sigma_data = _validate.positive("sigma_data", sigma_data)
         self.prediction = _validate.choose("prediction", prediction, PREDICTIONS)
         self.shape, self.n_classes, self.whole_times = _interface(unet)
         self.unet, self.clip, self.sigma_data = unet, bool(clip), float(sigma_data)
-        abar = torch.as_tensor(alphas_cumprod).detach().double()
+        abar = _validate.tensor("alphas_cumprod", alphas_cumprod).detach().double()
         abar = abar[abar > 0]
         sigmas = ((1 - abar) / abar).sqrt()
         if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas > 0).all() and (sigmas.diff() > 0).all()):

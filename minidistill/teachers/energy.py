@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from minidistill import _validate, training
+from minidistill._random import seeded
 from minidistill.data import to_float
 from minidistill.networks import MLP, Preconditioned, check_input
 from minidistill.score_matching import edm_weight, log_uniform_sigma
@@ -44,7 +45,7 @@ class EnergyDenoiser(Preconditioned):
         s = _validate.broadcast_sigma(sigma, x, positive=True)
         variance = s.square() + self.sigma_data**2
         u = torch.rsqrt(variance) * x
-        out = self.network(u, (s.log() / 4).flatten().expand(len(x)), label)
+        out = self.run(u, (s.log() / 4).flatten().expand(len(x)), label).to(x.dtype)
         scalar = out.shape == (len(x), 1) and (x.shape[1:] != (1,) or getattr(self.network, "out_features", None) == 1)
         if not scalar and out.shape != x.shape:
             raise ValueError(f"network returned shape {tuple(out.shape)}; wanted ({len(x)}, 1) or {tuple(x.shape)}")
@@ -53,6 +54,7 @@ class EnergyDenoiser(Preconditioned):
 
     def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         """E[x0 | x] estimated: x (n, *shape), sigma a float or (n,) > 0, label (n,) if class-conditional."""
+        _validate.floats("x", x)
         s = _validate.broadcast_sigma(sigma, x, positive=True)
         return x - s.square() * value_and_gradient(lambda u: self.energy(u, sigma, label), x)[1]
 
@@ -93,48 +95,49 @@ def distil_energy(
         _validate.samples("data", data, least=2)
     if labels is not None:
         labels = _validate.labels("labels", labels, len(data))
-    for name, number in (("steps", steps), ("batch_size", batch_size)):
-        _validate.whole(name, number)
-    for name, value in (("learning_rate", learning_rate), ("sigma_min", sigma_min), ("sigma_max", sigma_max),
-                        ("ema_halflife", ema_halflife), ("clip", clip)):
-        _validate.positive(name, value)
+    steps, batch_size = _validate.whole("steps", steps), _validate.whole("batch_size", batch_size)
+    learning_rate, sigma_min, sigma_max, ema_halflife, clip = (_validate.positive(name, value) for name, value in (
+        ("learning_rate", learning_rate), ("sigma_min", sigma_min), ("sigma_max", sigma_max),
+        ("ema_halflife", ema_halflife), ("clip", clip)))
     if sigma_min >= sigma_max:
         raise ValueError(f"sigma_min={sigma_min} is above sigma_max={sigma_max}")
+    device = _validate.device("device", device)
     rng = training.generator_on(device, seed)
-    torch.manual_seed(seed)  # initial weights
     n_classes = 0 if labels is None else int(labels.max()) + 1
-    if network is None:
-        network = MLP(tuple(data.shape[1:]), hidden=128, depth=3, n_classes=n_classes, out_features=1)
-    _validate.fits(network, tuple(data.shape[1:]), n_classes)
-    if data.is_floating_point():
-        data = data.to(torch.get_default_dtype())
-    given = {"teacher": teacher, "data": data, "labels": labels}
-    checksums = {name: training.fingerprint(each) for name, each in given.items()}
-    data, labels = data.to(device), None if labels is None else labels.to(device)
-    sigma_data = float(to_float(data[:10_000]).std())
-    student = EnergyDenoiser(network.to(device).train(), sigma_data)
-    ema = copy.deepcopy(student).eval().requires_grad_(False)
-    optimizer = torch.optim.Adam(student.parameters(), learning_rate, betas=(0.9, 0.99))
+    with seeded(seed, device):  # initial weights and dropout
+        if network is None:
+            network = MLP(tuple(data.shape[1:]), hidden=128, depth=3, n_classes=n_classes, out_features=1)
+        _validate.fits(network, tuple(data.shape[1:]), n_classes)
+        if data.is_floating_point():
+            data = data.to(torch.get_default_dtype())
+        given = {"teacher": teacher, "data": data, "labels": labels}
+        checksums = {name: training.fingerprint(each) for name, each in given.items()}
+        data, labels = data.to(device), None if labels is None else labels.to(device)
+        sigma_data = _validate.positive("data's standard deviation", float(to_float(data[:10_000]).std()))
+        student = EnergyDenoiser(network.to(device).train(), sigma_data)
+        ema = copy.deepcopy(student).eval().requires_grad_(False)
+        optimizer = torch.optim.Adam(student.parameters(), learning_rate, betas=(0.9, 0.99))
 
-    def update(state: training.State) -> dict[str, Tensor]:
-        index = torch.randint(len(data), (batch_size,), generator=rng, device=device)
-        x0, label = to_float(data[index]), None if labels is None else labels[index]
-        sigma = log_uniform_sigma(batch_size, sigma_min * sigma_data, sigma_max * sigma_data, rng, device)
-        noise = torch.randn(x0.shape, generator=rng, device=device)
-        x = x0 + _validate.broadcast_sigma(sigma, x0) * noise
-        with torch.no_grad():
-            target = call(teacher, x, sigma, label)
-        training.set_learning_rate(optimizer, learning_rate * training.schedule(state.step, steps, 100))
-        loss = per_sample((student(x, sigma, label) - target).square(), edm_weight(sigma, sigma_data)).mean()
-        skipped = training.optimizer_step(loss, optimizer, clip)
-        training.update_ema(ema, student, ema_halflife, batch_size, state.step)
-        return {"loss": loss.detach(), "skipped": skipped}
+        def update(state: training.State) -> dict[str, Tensor]:
+            index = torch.randint(len(data), (batch_size,), generator=rng, device=device)
+            x0, label = to_float(data[index]), None if labels is None else labels[index]
+            sigma = log_uniform_sigma(batch_size, sigma_min * sigma_data, sigma_max * sigma_data, rng, device)
+            noise = torch.randn(x0.shape, generator=rng, device=device)
+            x = x0 + _validate.broadcast_sigma(sigma, x0) * noise
+            with torch.no_grad():
+                target = call(teacher, x, sigma, label)
+            training.set_learning_rate(optimizer, learning_rate * training.schedule(state.step, steps, 100))
+            loss = per_sample((student(x, sigma, label) - target).square(), edm_weight(sigma, sigma_data)).mean()
+            skipped = training.optimizer_step(loss, optimizer, clip)
+            training.update_ema(ema, student, ema_halflife, batch_size, state.step)
+            return {"loss": loss.detach(), "skipped": skipped}
 
-    config = {
-        "run": "energy", "network": getattr(network, "config", None), "data": [*data.shape], "sigma_data": sigma_data,
-        "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "sigma": [sigma_min, sigma_max],
-        "ema_halflife": ema_halflife, "clip": clip, "seed": seed, "checksums": checksums,
-    }
-    state = training.State({"net": student, "ema": ema}, {"net": optimizer}, rng, config)
-    training.fit(state, update, steps, batch_size=batch_size, **({"description": "energy"} | fit_options))
-    return ema
+        config = {
+            "run": "energy", "network": getattr(network, "config", None), "data": [*data.shape],
+            "sigma_data": sigma_data, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate,
+            "sigma": [sigma_min, sigma_max], "ema_halflife": ema_halflife, "clip": clip, "seed": seed,
+            "checksums": checksums,
+        }
+        state = training.State({"net": student, "ema": ema}, {"net": optimizer}, rng, config)
+        training.fit(state, update, steps, batch_size=batch_size, **({"description": "energy"} | fit_options))
+        return ema

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from minidistill import _validate
 from minidistill._random import noise_like
 from minidistill.data import to_float
+from minidistill.samplers.schedules import levels_of
 from minidistill.score_matching.fields import call, column, level, per_sample, value_and_gradient
 
 __all__ = [
@@ -116,7 +117,7 @@ def aligned_guidance_loss(
 @dataclass(frozen=True)
 class Calibrated(Guided):
     """What `calibrated` returns: the corrected D with the table it adds. eta is E[(x_t - D) / sigma], (m, c, *shape), c
-    = 1 without classes, at the levels `sigmas` (m,), rising; `error` its standard error, a nan with one data point."""
+    = 1 without classes, at the levels `sigmas` (m,), rising; `error` its standard error."""
 
     sigmas: Tensor
     eta: Tensor
@@ -125,7 +126,7 @@ class Calibrated(Guided):
 
 @torch.no_grad()
 def calibrated(
-    denoiser: Denoise, data: Tensor, sigmas: Tensor, labels: Tensor | None = None, *, pairs: int = 1,
+    denoiser: Denoise, data: Tensor, sigmas: Tensor | None = None, labels: Tensor | None = None, *, pairs: int = 1,
     batch_size: int = 1024, generator: torch.Generator | None = None, progress: bool = False,
 ) -> Calibrated:
     """D + sigma eta(sigma) with eta = E[(x_t - D) / sigma], the mean of the predicted noise (Pang 2023, "On
@@ -136,18 +137,20 @@ def calibrated(
     log sigma between levels, constant outside them. Noise comes as +e and -e, so that its own mean adds no error.
 
     Args:
-        data: (n, *shape), floating, or images as bytes. labels: (n,) classes, for a conditional denoiser.
-        sigmas: (m,) levels > 0, in any order. pairs: draws of noise for each data point, each with its mirror image.
+        data: (n, *shape), floating, or images as bytes; two or more, for the standard error.
+        labels: (n,) classes, for a conditional denoiser, two or more of each.
+        sigmas: (m,) levels > 0, in any order; None for 18, those that a sampler of this denoiser visits.
+        pairs: draws of noise for each data point, each with its mirror image.
     Raises:
         ValueError, TypeError: data, labels, levels or counts that are none.
     """
     if not (isinstance(data, Tensor) and data.dtype == torch.uint8):
         _validate.samples("data", data)
-    sigmas = torch.as_tensor(sigmas).sort().values
+    sigmas = levels_of(denoiser, 18)[:-1] if sigmas is None else _validate.tensor("sigmas", sigmas)
+    sigmas = sigmas.sort().values if sigmas.ndim == 1 else sigmas
     if sigmas.ndim != 1 or not len(sigmas) or not bool((sigmas > 0).all() and (sigmas.diff() > 0).all()):
         raise ValueError(f"sigmas={sigmas.tolist()}: wanted one level > 0 or more, each once")
-    _validate.whole("pairs", pairs)
-    _validate.whole("batch_size", batch_size)
+    pairs, batch_size = _validate.whole("pairs", pairs), _validate.whole("batch_size", batch_size)
     if labels is not None:
         labels = _validate.labels("labels", labels, len(data))
     group = labels if labels is not None else torch.zeros(len(data), dtype=torch.long, device=data.device)
@@ -155,6 +158,9 @@ def calibrated(
     counts = torch.bincount(group, minlength=classes).double()
     if not bool((counts > 0).all()):
         raise ValueError(f"labels: no sample has class {int(counts.argmin())}; wanted some of each, 0 to {classes - 1}")
+    if not bool((counts > 1).all()):
+        who = "data has" if labels is None else f"labels: class {int(counts.argmin())} has"
+        raise ValueError(f"{who} 1 sample; wanted at least 2, for the standard error")
     moments = torch.zeros(2, len(sigmas), classes, *data.shape[1:], dtype=torch.float64, device=data.device)
     for k, sigma in enumerate(tqdm(sigmas.tolist(), disable=not progress, desc="calibrating")):
         for start in range(0, len(data), batch_size):
