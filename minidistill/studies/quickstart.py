@@ -35,7 +35,7 @@ __all__ = [
 RING_OBJECTIVES = ("drifting", "reverse_kl", "forward_kl", "sim")
 #: Of `distill`, where an objective does better with other ones than its defaults.
 RING_OPTIONS: dict[str, dict[str, Any]] = {
-    "drifting": {"batch_size": 512, "learning_rate": 3e-3, "ema_halflife": 50_000},
+    "drifting": {"batch_size": 512, "ema_halflife": 50_000},
 }
 RING_WEIGHTS = (1, 2, 1, 3, 1, 2, 1, 1)
 RING_N, RING_STEPS = 20_000, 3000

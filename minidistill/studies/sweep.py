@@ -29,6 +29,7 @@ from minidistill.distillation import (
     Batch,
     Distilled,
     DistributionMatching,
+    Needs,
     Objective,
     ScoreIdentity,
     ScoreImplicitMatching,
@@ -46,7 +47,7 @@ from minidistill.training import checkpoints, parallel
 __all__ = [
     "BARE_L2", "FROM_SIM", "KEPT", "N", "RADIUS", "STEPS", "STUDIES", "TARGETS", "RatioQuality", "Stored", "Trial",
     "collapsed", "command", "critic_gap", "displaced", "every_objective", "learn_ratio", "measure", "narrow",
-    "options", "ratio_quality", "read", "run", "student", "sweep", "without",
+    "no_fake", "options", "ratio_quality", "read", "run", "student", "sweep", "without",
 ]
 
 #: Equal Gaussians on a ring; the same, the first four times as heavy; 25 on a lattice, the heaviest of which weigh four
@@ -110,16 +111,25 @@ class Trial:
 
 
 def every_objective(teacher: str) -> dict[str, Trial]:
-    """All have the same settings but two, which take 5/3 of the steps, since they are cheap or slow.
+    """Every one with a fake network. All have the same settings but two, which take 5/3 of the steps, since they are
+    cheap or slow.
 
     dmd: more pairs and a heavier regression than by default.
     sid: alpha = 1.2 needs a student that is near the data already, as one is that starts from a teacher's weights;
         so the first quarter of its run is SIM's.
     """
-    longer, trials = STEPS * 5 // 3, {name: Trial(name, teacher) for name in OBJECTIVES}
+    longer = STEPS * 5 // 3
+    trials = {name: Trial(name, teacher) for name, rule in OBJECTIVES.items() if Needs.of(rule).fake}
     trials["dmd"] = Trial(DMD(weight=4.0, needs_pairs=8192), teacher, steps=longer)
     trials["sid"] = Trial("sid", teacher, steps=longer, sim=longer // 4, options={"learning_rate": 1e-3})
     return trials
+
+
+def no_fake(teacher: str) -> dict[str, Trial]:
+    """Those without a fake network: drifting on large batches of fresh real samples, and the teacher's map learned."""
+    longer, large = STEPS * 5 // 3, {"batch_size": 512, "ema_halflife": 50_000}
+    return {"drifting": Trial("drifting", teacher, steps=longer, options=large),
+            "regression": Trial("regression", teacher, steps=longer)}
 
 
 def without(**off: Any) -> Trial:
@@ -133,6 +143,9 @@ BARE_L2 = ScoreImplicitMatching(divergences.squared_l2(), normalise=True)
 STUDIES: dict[str, dict[str, Trial]] = {
     "ring": every_objective("ring"),
     "lattice": every_objective("lattice"),
+    "no fake": no_fake("ring"), "no fake, lattice": no_fake("lattice"),
+    # What is left of the error where the fake network has none.
+    "exact fake": {name: Trial(name, options={"fake": "empirical"}) for name in ("reverse_kl", "sim")},
     # DMD's regression, from a student of one mode alone.
     "collapsed": {
         "diff_instruct": Trial("diff_instruct", start=collapsed), "reverse_kl": Trial("reverse_kl", start=collapsed),
@@ -201,7 +214,7 @@ def measure(made: Distilled, truth: GaussianMixture, seed: int) -> dict[str, Any
         "worst": coverage.worst, "high_quality": coverage.high_quality,
         "off_weights": float((coverage.shares - truth.weights).abs().sum() / 2),  # total variation
         "over_floor": metrics.over_floor(truth, samples, seed),
-        "critic_gap": critic_gap(made, truth.sigma_data, N // 10),
+        "critic_gap": None if made.fake is None else critic_gap(made, truth.sigma_data, N // 10),
         "samples": samples[:KEPT].clamp(-1e4, 1e4).numpy(),  # a lost student's are beyond what float16 holds
     }
 

@@ -55,6 +55,7 @@ class Drifting(Terms):
 
     widths: tuple[float, ...] = (0.07, 0.2, 0.7)
     step: float = 1.0
+    learning_rate: float = 3e-3
     needs_real = True
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
