@@ -48,6 +48,7 @@ SPEEDS = {
 }
 #: What a student may be trained by: every objective, and SiD at the alpha that needs no luck.
 STUDENTS: dict[str, Objective] = {**OBJECTIVES, "sid_alpha_1": ScoreIdentity(alpha=1.0)}
+PATIENCE = 60  # seconds, for a way to run a training step to be tried
 BATCH_BYTES = 10_000 * data.RECORD_BYTES
 
 
@@ -235,7 +236,10 @@ def _stage_of_measuring(s: Settings, images: Tensor, end: float) -> None:
     found = quality.measure(models, images, held, n=s.n, n_reference=s.reference, seed=s.seed, device=s.device, end=end)
     quality.draw(found, images, s.out, seen=_images_seen(s, models))
     _keep_measured(s, {"metrics": found.rows, "copies": found.copies})
-    print(evaluation.table(found.rows) if found.rows else "no time was left to measure")
+    for judge in dict.fromkeys(row["features"] for row in found.rows):
+        print(evaluation.table([row for row in found.rows if row["features"] == judge]))
+    if not found.rows:
+        print("no time was left to measure")
 
 
 def _held_out(s: Settings) -> Tensor | None:
@@ -389,11 +393,22 @@ def _fastest(s: Settings, images: Tensor, labels: Tensor) -> Speed:
     if found is None:
         # Compiling takes a minute that only a GPU's speed pays back; on CPUs the memory order matters little.
         tried = SPEEDS if s.device.startswith("cuda") else ("float32", "bfloat16")
-        found = {name: throughput(s.preset, SPEEDS[name], s.batch_size, images, labels, s.device) for name in tried}
+        found = {name: _tried(s, SPEEDS[name], images, labels) for name in tried}
         with checkpoints.atomic(file) as path:
             path.write_text(json.dumps({where: found}, indent=1) + "\n")
     print("images/s: " + ", ".join(f"{name} {rate:.0f}" for name, rate in found.items()), flush=True)
     return SPEEDS[max(found, key=lambda name: found[name])]
+
+
+def _tried(s: Settings, speed: Speed, images: Tensor, labels: Tensor) -> float:
+    """Images per second; 0 for what does not run here, or takes longer to get going than it could ever save."""
+    rate = 0.0
+    with quality.until(time.monotonic() + PATIENCE):
+        try:
+            rate = throughput(s.preset, speed, s.batch_size, images, labels, s.device)
+        except RuntimeError as error:  # of a compiler that is missing or fails, or of memory that does not suffice
+            print(f"{speed}: {str(error).splitlines()[0]}", flush=True)
+    return rate
 
 
 def _without_compiling(speed: Speed) -> Speed:
@@ -439,7 +454,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--stage", choices=["teacher", "student", "evaluate", "all"], default="teacher",
         help="train the teacher, distil it, measure everything in --out, or all of that")
     add("--minutes", type=float, default=9.0, help="for everything: loading, training, measuring")
-    add("--reserve", type=float, default=1.5 if gpu else 1.0, help="of them, minutes kept for measuring")
+    add("--reserve", type=float, default=2.0 if gpu else 1.0, help="of them, minutes kept for measuring")
     add("--share", type=float, default=0.67,
         help="of --stage all's training time, the teacher's part; 0 leaves the teacher as it is")
     add("--data", help="folder or archive of CIFAR-10 (else $MINIDISTILL_CIFAR10), or 'digits' to try the recipe out")

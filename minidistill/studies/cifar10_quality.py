@@ -56,8 +56,8 @@ class Measured:
     nearest: Nearest | None = None
 
 
-class TimeUp(Exception):
-    """The time for a piece of work is over."""
+class TimeUp(BaseException):
+    """The time for a piece of work is over; not an `Exception`, which some code in between may catch."""
 
 
 @contextmanager
