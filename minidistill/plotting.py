@@ -23,8 +23,8 @@ from minidistill.distributions import GaussianMixture
 from minidistill.training import checkpoints
 
 __all__ = [
-    "PALETTE", "STUDENT", "TEACHER", "curves", "density", "dots", "field", "image_grid", "panel", "save", "scatter",
-    "use_theme",
+    "PALETTE", "STUDENT", "TEACHER", "class_grid", "curves", "density", "dots", "field", "image_grid",
+    "labelled_rows", "panel", "save", "scatter", "use_theme",
 ]
 
 #: Seaborn's colour-blind-safe palette; the same colour means the same thing in every figure.
@@ -167,6 +167,37 @@ def image_grid(images: Tensor, ax: Axes | None = None, *, columns: int = 10, tit
     ax.imshow(canvas.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     ax.set_axis_off()
     ax.set_title(title)
+    return ax
+
+
+def class_grid(
+    images: Tensor, names: Sequence[object], ax: Axes | None = None, *, title: str = ""
+) -> Axes:
+    """Images (n, c, h, w) in [-1, 1] of as many classes as there are names, in turn: a column for each class, under its
+    name."""
+    rows = {str(k): images[k : k + len(names)] for k in range(0, len(images), len(names))}
+    return labelled_rows(rows, ax, labels=[""] * len(rows), columns=names, title=title)
+
+
+def labelled_rows(
+    rows: Mapping[Any, Tensor], ax: Axes | None = None, *, labels: Sequence[str] | None = None,
+    columns: Sequence[object] = (), xlabel: str = "", title: str = "",
+) -> Axes:
+    """Rows of equally many images (n, c, h, w) in [-1, 1], each with its name (or `labels`) at the left; `columns` are
+    written above them."""
+    n, _, height, width = next(iter(rows.values())).shape
+    size = (max(4.0, 0.68 * n) + 0.9, 0.66 * len(rows) * height / width + 0.8)
+    ax = image_grid(torch.cat([part.cpu() for part in rows.values()]), _axes(ax, size), columns=n)
+    ax.set_axis_on()
+    ax.grid(False)
+    names = [str(name) for name in (rows if labels is None else labels)]
+    ax.set_yticks([(k + 0.5) * (height + 1) for k in range(len(names))], names, fontsize=10)
+    ax.set_xticks([(k + 0.5) * (width + 1) for k in range(len(columns))], [str(name) for name in columns], fontsize=9)
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0, pad=2)
+    ax.set(xlabel=xlabel, title=title)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
     return ax
 
 

@@ -27,6 +27,8 @@ CALLS = {
     "curves": lambda ax: plotting.curves(LINES, ax),
     "dots": lambda ax: plotting.dots({"a": [1.0, 2.0]}, ax),
     "image_grid": lambda ax: plotting.image_grid(IMAGES, ax),
+    "class_grid": lambda ax: plotting.class_grid(IMAGES[:4], ["cat", "dog"], ax),
+    "labelled_rows": lambda ax: plotting.labelled_rows({"ours": IMAGES[:2], "theirs": IMAGES[2:4]}, ax),
 }
 
 
@@ -126,6 +128,17 @@ def test_images_stand_row_by_row_with_a_gap_between():
     shown = plotting.image_grid(colour, columns=1).get_images()[0].get_array()
     assert shown.shape == (4, 4, 3)
     np.testing.assert_allclose(shown[1, 1], [0, 0.5, 1])  # beyond 1 is cut
+
+
+def test_rows_and_columns_have_their_names():
+    ax = plotting.labelled_rows({"ours": IMAGES[:2], "theirs": IMAGES[2:4]}, columns=["a", "b"], title="two")
+    np.testing.assert_allclose(ax.get_images()[0].get_array()[1::3, 1::4], [[0, 0.25], [0.5, 0.75]], atol=1e-6)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["ours", "theirs"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["a", "b"]
+    assert ax.get_yticks().tolist() == [1.5, 4.5]  # the rows' middles
+    grid = plotting.class_grid(IMAGES[:4], ["cat", "dog"])
+    assert grid.get_images()[0].get_array().shape == (7, 9)
+    assert [label.get_text() for label in grid.get_xticklabels()] == ["cat", "dog"]
 
 
 @pytest.mark.parametrize(("call", "error", "message"), [

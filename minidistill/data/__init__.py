@@ -7,10 +7,11 @@
 """
 
 from minidistill.data.bundled import digits, digits_as_rgb
-from minidistill.data.cifar import CIFAR10_CLASSES, VARIABLE, cifar10
+from minidistill.data.cifar import CIFAR10_CLASSES, VARIABLE, cifar10, cifar10_batches
 from minidistill.data.folders import images
 from minidistill.data.pixels import random_flip, smaller, to_float
 
 __all__ = [
-    "CIFAR10_CLASSES", "VARIABLE", "cifar10", "digits", "digits_as_rgb", "images", "random_flip", "smaller", "to_float",
+    "CIFAR10_CLASSES", "VARIABLE", "cifar10", "cifar10_batches", "digits", "digits_as_rgb", "images",
+    "random_flip", "smaller", "to_float",
 ]

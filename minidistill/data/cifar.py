@@ -11,7 +11,7 @@ import os
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from minidistill.data.pixels import smaller
 __all__ = [
     "ARCHIVE", "ARCHIVE_MD5", "BATCHES", "CACHE", "CIFAR10_CLASSES", "FOLDER", "PIXELS", "RECORDS", "RECORD_BYTES",
     "RETRIES", "SPLIT_SHA256", "TIMEOUT", "URL", "VARIABLE", "cifar10",
+    "cifar10_batches",
 ]
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -92,6 +93,17 @@ def cifar10(
     if n is not None:
         chosen = _first_of_each_class(path, labels, n // 10)
         images, labels = images[chosen], labels[chosen]
+    return smaller(images, size), labels
+
+
+def cifar10_batches(root: str | Path | None, numbers: Sequence[int], size: int = 32) -> tuple[Tensor, Tensor]:
+    """Only these of the five training files, 1 to 5, for a machine to which not all could be brought; else as
+    `cifar10`. Nothing but each file's size and labels can be checked."""
+    names = [f"data_batch_{_validate.whole('numbers', number)}.bin" for number in numbers]
+    if not names or not set(names) <= set(BATCHES["train"]):
+        raise ValueError(f"numbers={list(numbers)}: wanted some of 1 to 5")
+    folder = _place(root, False)
+    images, labels = _joined([_records(str(_present(folder / name)), (folder / name).read_bytes()) for name in names])
     return smaller(images, size), labels
 
 

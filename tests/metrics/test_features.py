@@ -371,3 +371,30 @@ def test_a_weights_file_that_holds_code_is_refused(fidelity, tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(OSError, match="does not hold Inception's weights"):
             features.extractor("inception", weights=tmp_path / name)
+
+
+def test_smaller_images_are_enlarged_for_the_classifier():
+    judge = features.extractor("cifar10_classifier", size=16)
+    x = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    larger = torch.nn.functional.interpolate(x, (32, 32), mode="bicubic", align_corners=False).clamp(-1, 1)
+    torch.testing.assert_close(judge(x), features.extractor("cifar10_classifier")(larger))
+    assert judge.name == "cifar10_classifier of 16x16"
+    with pytest.raises(ValueError, match=r"wants \(3, 16, 16\)"):
+        judge(torch.zeros(2, 3, 32, 32))
+    assert features.extractor("cifar10_classifier", size=32).name == "cifar10_classifier"
+    with pytest.raises(ValueError, match="size=16: random_conv takes images as they are"):
+        features.extractor("random_conv", size=16)
+
+
+def test_random_convolutions_are_the_same_everywhere_and_leave_the_caller_s_generator_alone():
+    torch.manual_seed(5)
+    first = torch.rand(1)
+    torch.manual_seed(5)
+    judge = features.extractor("random_conv")
+    assert torch.equal(torch.rand(1), first)
+    x = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    torch.testing.assert_close(judge(x), features.extractor("random_conv")(x))
+    assert judge(x).shape == (4, 128)
+    assert judge(torch.zeros(2, 3, 32, 32)).shape == (2, 128)
+    assert not torch.allclose(judge(x), features.extractor("random_conv", seed=1)(x))
+    assert judge.recognised(x, torch.arange(4)) is None
