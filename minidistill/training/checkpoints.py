@@ -99,7 +99,7 @@ def read(
         raise ValueError(f"{path} is corrupt: its checksum does not match")
     try:
         tensors = load(whole)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
     if "checksum" not in info and str(_old_checksum(tensors, info)) != info["crc32"]:
         raise ValueError(f"{path} is corrupt: its checksum does not match")

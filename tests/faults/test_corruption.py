@@ -25,13 +25,12 @@ def header_length(file):
 
 @pytest.mark.parametrize("reads", [checkpoints.load_model, checkpoints.read_info])
 def test_every_byte_of_a_header(reads, tmp_path, times, tally):
-    """Each byte changed in one bit, or, in the long form, to every other value."""
+    """Each byte changed in one bit, or, in the long form, in each of its eight."""
     file = checkpoints.save_model(tmp_path / "model.safetensors", small_denoiser(hidden=2), note="a small one")
     whole, tried, lost = file.read_bytes(), 0, 0
     for at in range(header_length(file)):
-        values = [whole[at] ^ 1 << at % 8] if times(1, 0) else [v for v in range(256) if v != whole[at]]
-        for value in values:
-            file.write_bytes(whole[:at] + bytes([value]) + whole[at + 1:])
+        for bit in times([at % 8], range(8)):
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1:])
             tried += 1
             lost += not refused(reads, file)
     tally(f"bytes of a header, {reads.__name__}", tried, lost)
