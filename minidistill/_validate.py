@@ -190,12 +190,13 @@ def labels(name: str, label: Tensor, n: int, n_classes: int | None = None, *, wa
 
 
 def broadcast_sigma(sigma: Any, x: Tensor, *, positive: bool = False, name: str = "sigma") -> Tensor:
-    """The noise level as a tensor that broadcasts against `x`: () for a float, (n, 1, ..., 1) for (n,).
+    """The noise level as a tensor that broadcasts against `x`: () for a float, (n, 1, ..., 1) for (n,), in x's dtype,
+    but float32 at least, since its square leaves the range of half precision.
 
     Negative, infinite or NaN levels raise ValueError (also 0 if `positive`). On an accelerator the values are
     not looked at: that would make every training step wait for the device.
     """
-    out = tensor(name, sigma, x.dtype, x.device)
+    out = tensor(name, sigma, torch.promote_types(x.dtype, torch.float32), x.device)
     if out.device.type == "cpu":
         bad = ~((out > 0) if positive else (out >= 0)) | out.isinf()
         if any_of(bad):

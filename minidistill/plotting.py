@@ -37,6 +37,11 @@ def use_theme() -> None:
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", font_scale=1.0)
 
 
+def _drawn(x: Tensor) -> np.ndarray:
+    """What matplotlib takes: half precision it does not know."""
+    return _validate.precise(x.detach().cpu())[0].numpy()
+
+
 def _axes(ax: Axes | None, size: tuple[float, float] = (4.5, 4.5)) -> Axes:
     return ax if ax is not None else plt.subplots(figsize=size, layout="constrained")[1]
 
@@ -65,9 +70,9 @@ def scatter(
     """The first `n` 2-D samples (n, 2) as points, over the target's contours if there is one."""
     _validate.samples("samples", samples, (2,))
     ax = _axes(ax)
-    x = samples.detach().cpu()[:n]
+    x = _drawn(samples)[: _validate.whole("n", n)]
     if limit is None:
-        limit = _limit(target) if target is not None else 1.1 * float(x.abs().max())
+        limit = _limit(target) if target is not None else 1.1 * float(np.abs(x).max(initial=0.0)) or 1.0
     ax.scatter(x[:, 0], x[:, 1], s=3, alpha=0.35, color=color, linewidths=0, rasterized=True)
     if target is not None:
         density(target, ax, limit=limit)
@@ -80,10 +85,14 @@ def field(
 ) -> Axes:
     """Arrows: vectors (n, 2) at points (n, 2)."""
     ax = _axes(ax)
-    p, v = points.detach().cpu(), vectors.detach().cpu()
+    _validate.samples("points", points, (2,))
+    _validate.samples("vectors", vectors, (2,))
+    if len(points) != len(vectors):
+        raise ValueError(f"vectors has {len(vectors)} rows and points {len(points)}; wanted as many")
+    p, v = _drawn(points), _drawn(vectors)
     ax.quiver(p[:, 0], p[:, 1], v[:, 0], v[:, 1], color=color, width=0.004)
     ax.set_title(title)
-    return _square(ax, 1.05 * float(p.abs().max()))
+    return _square(ax, 1.05 * float(np.abs(p).max(initial=0.0)) or 1.0)
 
 
 def curves(
@@ -155,6 +164,7 @@ def _label_log(axis: Axis) -> None:
 def image_grid(images: Tensor, ax: Axes | None = None, *, columns: int = 10, title: str = "") -> Axes:
     """Images (n, c, h, w) in [-1, 1], c = 1 or 3, row by row with a thin gap."""
     _validate.samples("images", images)
+    columns = _validate.whole("columns", columns)
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images has shape {tuple(images.shape)}; wanted (n, 1 or 3, h, w)")
     ax = _axes(ax)
@@ -205,6 +215,7 @@ def panel(seen: Diagnosis, ax: Axes | None = None, *, columns: int = 12) -> Axes
     """The state of an image distillation at a glance. Rows: student samples, the same noised (each image scaled back to
     its range), the teacher's and, where there is one, the fake network's denoised. Columns: noise levels, rising from
     left to right."""
+    columns = _validate.whole("columns", columns)
     ax = _axes(ax, (0.85 * columns, 3.6))
     pick = torch.linspace(0, len(seen.x0) - 1, columns).round().long()
     noised = seen.xt / (1 + seen.sigma.reshape(-1, 1, 1, 1).square()).sqrt()
@@ -228,15 +239,24 @@ def panel(seen: Diagnosis, ax: Axes | None = None, *, columns: int = 12) -> Axes
 
 
 def save(figure: Figure, path: str | Path, dpi: int = 110) -> Path:
-    """Write a PNG atomically, with nothing in it that changes from run to run, and close the figure."""
-    with checkpoints.atomic(path) as name:
-        figure.savefig(name, dpi=dpi, bbox_inches="tight", metadata={"Software": None})
+    """Write the figure atomically, with nothing in it that changes from run to run, close it, and return its path: a
+    PNG, or what the name ends in (".svg", ".pdf", ...). ValueError for an ending that matplotlib does not know."""
+    path = Path(path)
+    path = path if path.suffix else path.with_name(path.name + ".png")
+    kind = path.suffix[1:].lower()
+    known = figure.canvas.get_supported_filetypes()
+    if kind not in known:
+        raise ValueError(f"path={str(path)!r}: wanted a name that ends in one of {', '.join(sorted(known))}")
+    changing = {"png": "Software", "svg": "Date", "pdf": "CreationDate"}
+    fixed = {changing[kind]: None} if kind in changing else None
+    with checkpoints.atomic(path) as name, open(name, "wb") as file, plt.rc_context({"svg.hashsalt": "minidistill"}):
+        figure.savefig(file, format=kind, dpi=dpi, bbox_inches="tight", metadata=fixed)
     plt.close(figure)
-    return Path(path)
+    return path
 
 
 def _limit(target: GaussianMixture) -> float:
-    reach = 4 * target.covs.diagonal(dim1=1, dim2=2).max().sqrt()
+    reach = 4 * target.variances.max().sqrt()
     return float(target.means.abs().max() + reach)
 
 

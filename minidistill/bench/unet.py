@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minidistill._random import seeded
 from minidistill.bench.timing import Row, alternate
 from minidistill.networks import Denoiser
 from minidistill.networks.unet import UNet, preset
@@ -77,9 +78,9 @@ def bench(
     where = torch.cuda.get_device_name(device) if cuda else f"cpu, {torch.get_num_threads()} thread(s)"
     rows: list[Row] = []
     for dtype in (torch.float32, torch.bfloat16) if cuda else (torch.float32,):
-        torch.manual_seed(0)
-        network = preset(size)
-        peer = Peer(network)
+        with seeded(0):
+            network = preset(size)
+            peer = Peer(network)
         n, m = (sum(p.numel() for p in each.parameters()) for each in (network, peer))
         assert abs(n / m - 1) < 0.1, f"{n:,} and {m:,} parameters: not alike"
         kind = str(dtype).removeprefix("torch.")

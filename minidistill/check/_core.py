@@ -13,11 +13,12 @@ __all__ = ["Case", "claims", "points", "report"]
 Case = tuple[str, tuple[Any, ...], Any]  # what the case is, the arguments, the expected value
 
 
-def claims(rows: Sequence[tuple[str, str, bool | str]]) -> None:
-    """Print rows of (claim of the paper, what we measured, whether it holds) as an aligned table."""
+def claims(rows: Sequence[tuple[str, str, bool | Tensor | str]]) -> None:
+    """Print rows of (claim of the paper, what we measured, whether it holds) as an aligned table. Whether it holds is
+    said by anything that is true or false, a tensor of one number too, or in words."""
     table = [("claim of the paper", "what we measured", "holds?")]
-    word = {True: "yes", False: "no"}
-    table += [(claim, seen, holds if isinstance(holds, str) else word[holds]) for claim, seen, holds in rows]
+    for claim, seen, holds in rows:
+        table.append((claim, seen, holds if isinstance(holds, str) else "yes" if holds else "no"))
     first, second = (max(len(row[i]) for row in table) for i in (0, 1))
     for claim, seen, holds in table:
         print(f"{claim:<{first}} | {seen:<{second}} | {holds}")

@@ -64,8 +64,7 @@ def balance_weights(logits_student: Tensor, logits_teacher: Tensor, favour: floa
     """The weight (n,) of forward KL in `balanced_kl`, without gradient: `favour` where the student's entropy is below
     the teacher's (over-confident: forward KL spreads it), 1 - favour where it is above, 1/2 where they are equal."""
     _logits(logits_student, logits_teacher)
-    if not 0.5 <= favour <= 1:
-        raise ValueError(f"favour={favour!r}: wanted a number from 0.5 to 1")
+    favour = _validate.number("favour", favour, 0.5, 1)
     gap = _entropy(logits_teacher.detach()) - _entropy(logits_student.detach())
     return 0.5 + (favour - 0.5) * gap.sign()
 
@@ -99,6 +98,7 @@ def sinkhorn_distillation(
     _validate.positive("temperature", temperature)
     _validate.positive("epsilon", epsilon)
     _validate.whole("iterations", iterations)
+    logits_student, logits_teacher = _validate.precise(logits_student, logits_teacher)
     s, t = (logits_student / temperature).softmax(-1), (logits_teacher / temperature).softmax(-1)
     if not debiased:
         return _transport(s, t, epsilon, iterations, 0.0)
@@ -109,7 +109,10 @@ def sinkhorn_distillation(
 def soft_label_plan(s: Tensor, t: Tensor, epsilon: float, iterations: int) -> tuple[Tensor, Tensor]:
     """The L1 cost and the log of the entropic plan, both (n, m), between rows of s (n, k) and t (m, k) of equal mass.
 
-    Sinkhorn in the log domain: columns sum to 1/m exactly, rows to 1/n as closely as the iterations are many."""
+    Sinkhorn in the log domain, float32 at least: columns sum to 1/m exactly, rows to 1/n as closely as the iterations
+    are many."""
+    epsilon, iterations = _validate.positive("epsilon", epsilon), _validate.whole("iterations", iterations)
+    s, t = _validate.pair(s, t, names=("s", "t"))
     cost = torch.cdist(s, t, p=1)
     log_k = -cost / epsilon
     log_v = log_k.new_zeros(len(t))

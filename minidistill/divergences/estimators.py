@@ -93,8 +93,8 @@ def on_grid(
     """
     _need("p", p, "log_prob")
     _need("q", q, "log_prob")
-    _validate.whole("n_cells", n_cells, least=2)
-    corners = [torch.as_tensor(corner, dtype=torch.float64) for corner in bounds or ()]
+    n_cells = _validate.whole("n_cells", n_cells, least=2)
+    corners = [_validate.tensor("bounds", corner, torch.float64) for corner in bounds or ()]
     d = _dimensions(p, q, corners)
     if n_cells**d > MOST_POINTS:
         given = f"n_cells={n_cells} in {d} dimensions is {n_cells**d:.2g} points"
@@ -134,7 +134,7 @@ def monte_carlo(
         of both KLs logarithmic in the ratio; from draws of q alone forward KL's standard error may be infinite.
         A chi-squared that hides in far tails stays unseen by any of these, and its standard error is too small then.
     """
-    _validate.whole("n", n, least=4)
+    n = _validate.whole("n", n, least=4)
     for name, law in (("p", p), ("q", q), *([("proposal", proposal)] if proposal else [])):
         _need(name, law, "log_prob", "sample")
     groups = []
@@ -276,6 +276,7 @@ def _split(
 def draw_samples(name: str, law: Tensor | Samples, n: int, generator: torch.Generator | None) -> Tensor:
     if not isinstance(law, Tensor):
         _need(name, law, "sample")
+        n = _validate.whole("n", n)
         law = law.sample(n, generator)
     _validate.samples(name, law, least=8)
     return law
@@ -290,7 +291,7 @@ def _box(p: Density, q: Density) -> tuple[Tensor, Tensor]:
     for name, law in (("p", p), ("q", q)):
         if not isinstance(law, GaussianMixture):
             raise ValueError(f"bounds: {name} is {type(law).__name__}, whose extent is not known; wanted (low, high)")
-        reach = 10 * law.covs.diagonal(dim1=1, dim2=2).sqrt()  # (k, d)
+        reach = 10 * law.variances.sqrt()  # (k, d)
         low.append((law.means - reach).min(0).values.double().cpu())
         high.append((law.means + reach).max(0).values.double().cpu())
     return torch.stack(low).min(0).values, torch.stack(high).max(0).values

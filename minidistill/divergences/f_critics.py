@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from minidistill import _validate
+from minidistill._random import seeded
 from minidistill.divergences.f_divergences import F, FDivergence
 
 __all__ = ["CHUNK", "Critic", "cut", "dual_values", "learn_log_ratio", "train_critic"]
@@ -49,9 +50,9 @@ def train_critic(
     """
     _validate.samples("samples_p", samples_p, least=8)
     _validate.samples("samples_q", samples_q, tuple(samples_p.shape[1:]), least=8)
-    for name, count in (("steps", steps), ("batch_size", batch_size), ("check_every", check_every)):
-        _validate.whole(name, count)
-    _validate.positive("learning_rate", learning_rate)
+    steps, batch_size, check_every = (_validate.whole(name, count) for name, count in (
+        ("steps", steps), ("batch_size", batch_size), ("check_every", check_every)))
+    learning_rate = _validate.positive("learning_rate", learning_rate)
     if float(divergence.log_weight(torch.zeros(()))) == -math.inf:
         raise ValueError(f"{divergence.name} has a flat slope, which trains no critic; wanted method='ratio'")
     rng = torch.Generator().manual_seed(seed)
@@ -100,9 +101,9 @@ class Critic(nn.Module):
         super().__init__()
         flat = samples.detach().flatten(1)
         self.register_buffer("mean", flat.mean(0))
-        self.register_buffer("std", flat.std(0).clamp(min=1e-6))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        std = flat.std(0)
+        self.register_buffer("std", std.clamp(min=1e-6 * (float(std.max()) or 1.0)))  # in the data's own units
+        with seeded(seed):
             self.layers = nn.Sequential(
                 nn.Linear(flat.shape[1], hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, 1)
             ).to(flat)
@@ -116,8 +117,9 @@ class Critic(nn.Module):
 def cut(x: Tensor, share: float, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Everything but the last `share` of the samples, and that; so the samples must come in random order, unless a
     generator is there to shuffle them."""
-    if not 0 < share < 1:
+    if not 0 < _validate.number("held_out or validation", share) < 1:
         raise ValueError(f"held_out or validation is {share!r}; wanted a share between 0 and 1")
+    _validate.generator("generator", generator)
     if generator is not None:
         x = x[torch.randperm(len(x), generator=generator, device=generator.device).to(x.device)]
     kept = min(max(2, round(len(x) * (1 - share))), len(x) - 2)

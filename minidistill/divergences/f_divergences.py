@@ -257,8 +257,7 @@ total_variation = FDivergence(
 def alpha_divergence(a: float) -> FDivergence:
     """(r^a - a r - (1-a)) / (a (a-1)), with h = r^a (Amari). a = 0 is reverse KL, 1/2 twice squared
     Hellinger, 1 forward KL, 2 half Pearson, -1 half Neyman."""
-    if not math.isfinite(a):
-        raise ValueError(f"a={a!r}: wanted a finite number")
+    a = _validate.number("a", a)
     if a in (0, 1):  # the limits, up to a multiple of r - 1, which no divergence sees
         return replace(F["reverse_kl" if a == 0 else "forward_kl"], name=f"alpha({a:g})")
 
@@ -295,8 +294,7 @@ def skew_jensen_shannon(b: float) -> FDivergence:
 
     b = 1/2 is Jensen-Shannon. Divided by b (1-b) it tends to forward KL as b -> 0 and to reverse KL as
     b -> 1: the family of score-of-mixture training (Jayashankar 2025)."""
-    if not 0 < b < 1:
-        raise ValueError(f"b={b!r}: wanted a number between 0 and 1, both excluded")
+    b = _validate.number("b", b, 0, 1, between=True)
 
     def log_mixture(l: Tensor) -> Tensor:  # log(b r + 1 - b)
         return torch.logaddexp(l + math.log(b), torch.full_like(l, math.log(1 - b)))
@@ -327,7 +325,7 @@ def _conjugate_by_bisection(row: FDivergence, u: Tensor) -> Tensor:
 
 
 def _ratio(r: Tensor) -> Tensor:
-    if (r < 0).any():
+    if _validate.any_of(r < 0):
         raise ValueError(f"r holds {r.min().item():g}; a density ratio p / q is never negative")
     return r
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ def integrate(
 ) -> Estimate:
     """The integral over log sigma of E gap / sigma^2, with gap(rows, sigma) = |D_p - D_q|^2 for m draws: which samples
     to noise, (m,), numbered in random order, and their levels, (m,)."""
-    scale = float(x0.var(0).mean()) ** 0.5
+    scale = _validate.positive("the samples' standard deviation", float(x0.var(0).mean()) ** 0.5)
     low = 0.01 * scale if at.sigma_min is None else at.sigma_min
     high = 50.0 * scale if at.sigma_max is None else at.sigma_max
     if not low < high:
@@ -116,17 +116,15 @@ def levels_from(options: dict[str, Any]) -> Levels:
     if unknown:
         raise TypeError(_validate.closest("option", min(unknown), Levels.__dataclass_fields__))
     at = Levels(**options)
-    _validate.whole("n", at.n, least=4)
-    _validate.whole("batch_size", at.batch_size)
+    at = replace(at, n=_validate.whole("n", at.n, least=4), batch_size=_validate.whole("batch_size", at.batch_size))
     _validate.choose("law", at.law, LAWS)
     if at.n_levels is not None:
-        _validate.whole("n_levels", at.n_levels, least=2)
-        if at.n_levels > at.n:
+        at = replace(at, n_levels=_validate.whole("n_levels", at.n_levels, least=2))
+        if at.n_levels > at.n:  # type: ignore[operator]
             raise ValueError(f"n_levels={at.n_levels}: wanted at most n={at.n}")
-    for name, value in (("sigma_min", at.sigma_min), ("sigma_max", at.sigma_max)):
-        if value is not None:
-            _validate.positive(name, value)
-    return at
+    low, high = (None if value is None else _validate.positive(name, value) for name, value in (
+        ("sigma_min", at.sigma_min), ("sigma_max", at.sigma_max)))
+    return replace(at, sigma_min=low, sigma_max=high)
 
 
 def noised(x0: Tensor, rows: Tensor, sigma: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +38,8 @@ def l2() -> ScoreDistance:
 
 def power(p: float) -> ScoreDistance:
     """d = |y|^p for p >= 1, with gradient p |y|^(p-2) y, and 0 at y = 0."""
-    if not (math.isfinite(p) and p >= 1):
+    p = _validate.number("p", p)
+    if not p >= 1:
         raise ValueError(f"p={p!r}: wanted a finite number >= 1, or d is not convex")
 
     def gradient(y: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def power(p: float) -> ScoreDistance:
 
 def huber(delta: float) -> ScoreDistance:
     """d = |y|^2 / 2 up to |y| = delta and delta (|y| - delta / 2) beyond: the gradient is never longer than delta."""
-    _validate.positive("delta", delta)
+    delta = _validate.positive("delta", delta)
 
     def value(y: Tensor) -> Tensor:
         length = _length(y)
@@ -64,7 +64,7 @@ def huber(delta: float) -> ScoreDistance:
 
 def pseudo_huber(c: float) -> ScoreDistance:
     """d = sqrt(|y|^2 + c^2) - c: quadratic below c and linear above, so |d'| < 1 however far the student is."""
-    _validate.positive("c", c)
+    c = _validate.positive("c", c)
     return ScoreDistance(
         f"pseudo_huber({c:g})", lambda y: (sum_squares(y) + c**2).sqrt() - c,
         lambda y: y * column(torch.rsqrt(sum_squares(y) + c**2), y),

@@ -63,11 +63,13 @@ def fisher(
     """
     x0 = draw_samples("sample_q", sample_q, n, generator)
     distance = squared_l2() if distance is None else distance
-    levels = torch.as_tensor(sigmas).to(x0)
-    if levels.ndim != 1 or not len(levels) or not bool((levels > 0).all()):
+    batch_size = _validate.whole("batch_size", batch_size)
+    levels = _validate.tensor("sigmas", sigmas).to(x0)
+    if levels.ndim != 1 or not len(levels) or not bool((levels > 0).all() and levels.isfinite().all()):
         raise ValueError(f"sigmas has shape {tuple(levels.shape)}; wanted (k,) noise levels > 0")
     w = torch.full_like(levels, 1 / len(levels)) if weights is None else weights
-    w = torch.as_tensor(w(levels) if callable(w) else w).to(levels)
+    w = _validate.tensor("weights", w(levels) if callable(w) else w).to(levels)
+    _validate.finite("weights", w)
     if w.shape != levels.shape:
         raise ValueError(f"weights has shape {tuple(w.shape)} and sigmas {tuple(levels.shape)}; wanted equal shapes")
     values = torch.zeros(len(x0), dtype=torch.float64, device=x0.device)
@@ -75,7 +77,7 @@ def fisher(
     for sigma, weight in zip(levels, w, strict=True):
         for rows in torch.arange(len(x0), device=x0.device).split(batch_size):
             x = x0[rows] + sigma * noise_like(x0[rows], generator)
-            gap = (denoiser_p(x, float(sigma)) - denoiser_q(x, float(sigma))) / sigma**2
+            gap = _gap(denoiser_p, denoiser_q, x, float(sigma)) / sigma**2
             values[rows] += (weight * distance.value(gap)).double()
             bar.update(len(rows))
     bar.close()
@@ -106,7 +108,7 @@ def kl_from_scores(
 
     def gap(rows: Tensor, sigma: Tensor) -> Tensor:
         x = noised(x0, rows, sigma, generator)
-        return sum_squares(denoiser_p(x, sigma) - denoiser_q(x, sigma))
+        return sum_squares(_gap(denoiser_p, denoiser_q, x, sigma))
 
     return integrate(gap, x0, at, generator)
 
@@ -153,7 +155,8 @@ def mutual_information(
 
     def gap(rows: Tensor, sigma: Tensor) -> Tensor:
         xt = noised(x, rows, sigma, generator)
-        return sum_squares(conditional(xt, sigma, y[rows % len(y)]) - marginal(xt, sigma))
+        given = _validate.denoised(conditional(xt, sigma, y[rows % len(y)]), xt, "conditional")
+        return sum_squares(given - _validate.denoised(marginal(xt, sigma), xt, "marginal"))
 
     return integrate(gap, x, levels_from(levels), generator)
 
@@ -183,9 +186,11 @@ def mutual_information_joint(
     def gap(rows: Tensor, sigma: Tensor) -> Tensor:
         zt, rows = noised(z, rows, sigma, generator), rows % len(x)
         xt, yt = zt.tensor_split([x[0].numel()], 1)
-        of_x = x_given_y(xt.reshape(-1, *x.shape[1:]), sigma, y[rows])
-        of_y = y_given_x(yt.reshape(-1, *y.shape[1:]), sigma, x[rows])
-        return sum_squares(joint(zt, sigma) - torch.cat([of_x.flatten(1), of_y.flatten(1)], 1))
+        xt, yt = xt.reshape(-1, *x.shape[1:]), yt.reshape(-1, *y.shape[1:])
+        of_x = _validate.denoised(x_given_y(xt, sigma, y[rows]), xt, "x_given_y")
+        of_y = _validate.denoised(y_given_x(yt, sigma, x[rows]), yt, "y_given_x")
+        both = torch.cat([of_x.flatten(1), of_y.flatten(1)], 1)
+        return sum_squares(_validate.denoised(joint(zt, sigma), zt, "joint") - both)
 
     return integrate(gap, z, levels_from(levels), generator)
 
@@ -228,9 +233,15 @@ def from_scores(
         level = float(sigma[0])  # the rows of one call share their level
         v = ratio(x, level)
         h = torch.exp(divergence.log_weight(v) + logsigmoid(-v) + math.log(2))  # h q / m, m = (p + q) / 2
-        return h * sum_squares(denoiser_p(x, level) - denoiser_q(x, level))
+        return h * sum_squares(_gap(denoiser_p, denoiser_q, x, level))
 
     return integrate(gap, x_q, at, generator)
+
+
+def _gap(denoiser_p: Denoise, denoiser_q: Denoise, x: Tensor, sigma: float | Tensor) -> Tensor:
+    """D_p - D_q at x, (n, *shape)."""
+    of_p = _validate.denoised(denoiser_p(x, sigma), x, "denoiser_p")
+    return of_p - _validate.denoised(denoiser_q(x, sigma), x, "denoiser_q")
 
 
 def _pairs(x: Tensor, y: Tensor) -> None:

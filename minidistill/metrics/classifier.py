@@ -96,7 +96,8 @@ class ConvClassifier(Classifier):
     def folded(self) -> ConvClassifier:
         """The same function in eval mode, frozen, with every batch norm multiplied into its convolution: an image's
         features depend on no other image of the batch."""
-        out = ConvClassifier(**self.config)
+        with seeded(0):  # the weights are replaced
+            out = ConvClassifier(**self.config)
         bare: list[nn.Module] = []
         for layer in copy.deepcopy(self).eval().body.children():
             if isinstance(layer, nn.BatchNorm2d):

@@ -15,13 +15,12 @@ from minidistill.distributions import GaussianMixture
 from minidistill.transport import sliced_wasserstein
 
 __all__ = [
-    "BLOCK", "MOST_CELLS", "WHOLE", "GridKL", "ModeCoverage", "kl_both_ways", "kl_on_grid", "mode_coverage",
+    "MOST_CELLS", "WHOLE", "GridKL", "ModeCoverage", "kl_both_ways", "kl_on_grid", "mode_coverage",
     "over_floor", "reverse_kl_on_grid",
 ]
 
 
 WHOLE = 2**24  # numbers in memory at once; larger grids are visited in blocks
-BLOCK = 512  # cells of a block's side
 MOST_CELLS = 10**9
 
 
@@ -55,7 +54,7 @@ def kl_both_ways(target: GaussianMixture, samples: Tensor, sigma: float = 0.1, n
     axes = _grid_axes(smoothed, x, sigma, n_cells)
     cell = float((axes[0][1] - axes[0][0]) * (axes[1][1] - axes[1][0]))
     kl, reverse_kl, inside = 0.0, 0.0, 0.0
-    for block in _blocks(axes, len(x)):
+    for block in _blocks(axes, len(x), target.means.numel()):
         # Kernels farther off than this are 0 in float64.
         near = [(x[:, i] > axis[0] - 39 * sigma) & (x[:, i] < axis[-1] + 39 * sigma) for i, axis in enumerate(block)]
         here = x if block is axes else x[near[0] & near[1]]
@@ -70,12 +69,14 @@ def kl_both_ways(target: GaussianMixture, samples: Tensor, sigma: float = 0.1, n
     return GridKL(kl, reverse_kl, max(0.0, 1 - inside), sigma)
 
 
-def _blocks(axes: list[Tensor], n: int) -> list[list[Tensor]]:
-    """The grid, as a list of its axes, or pieces of it: neither it nor the samples' kernels are to fill the memory."""
-    cells = math.prod(len(axis) for axis in axes)
-    if cells <= WHOLE and n * max(len(axis) for axis in axes) <= 8 * WHOLE:
+def _blocks(axes: list[Tensor], n: int, size: int) -> list[list[Tensor]]:
+    """The grid, as a list of its axes, or pieces of it: neither its cells, with `size` numbers each, nor the kernels of n
+    samples are to fill the memory."""
+    longest = max(len(axis) for axis in axes)
+    if size * math.prod(len(axis) for axis in axes) <= WHOLE and n * longest <= 2 * WHOLE:
         return [axes]
-    return [[first, second] for first in axes[0].split(BLOCK) for second in axes[1].split(BLOCK)]
+    side = max(16, math.isqrt(WHOLE // 4 // size))
+    return [[first, second] for first in axes[0].split(side) for second in axes[1].split(side)]
 
 
 def _grid_axes(smoothed: GaussianMixture, x: Tensor, sigma: float, n_cells: int) -> list[Tensor]:

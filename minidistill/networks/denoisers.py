@@ -76,10 +76,10 @@ class Denoiser(Preconditioned):
         c_out = s * self.sigma_data * scale
         c_noise = (s.log() / 4).flatten().expand(len(x))
         if self.autocast is None:
-            return c_skip * x + c_out * self.run(scale * x, c_noise, label).to(x.dtype)
+            return (c_skip * x + c_out * self.run(scale * x, c_noise, label).to(c_out.dtype)).to(x.dtype)
         with torch.autocast(x.device.type, self.autocast):
             out = self.run(scale * x, c_noise, label)
-        return c_skip * x + c_out * out.to(x.dtype)
+        return (c_skip * x + c_out * out.to(c_out.dtype)).to(x.dtype)
 
     def features(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
         """The network's features for the same input: an MLP's last hidden layer (n, c), a U-Net's bottleneck

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from minidistill import _validate, data, metrics, plotting, samplers, teachers, training
+from minidistill._random import seeded
 from minidistill.distillation import distill, draw
 from minidistill.distributions import GaussianMixture, ring
 from minidistill.metrics import classifier
@@ -78,9 +79,9 @@ def run_digits(teacher_steps: int, steps: int, seed: int, device: str) -> dict[s
     images, labels = data.digits()
     judge = classifier.train_classifier(images, labels, seed=seed)
     reference = judge.features(images)
-    torch.manual_seed(seed)
     start = time.perf_counter()
-    network = MLP(tuple(images.shape[1:]), hidden=256, depth=4, n_classes=10)
+    with seeded(seed):
+        network = MLP(tuple(images.shape[1:]), hidden=256, depth=4, n_classes=10)
     teacher = teachers.train_denoiser(images, network, labels=labels, steps=teacher_steps, seed=seed, device=device)
     teacher_seconds, start = time.perf_counter() - start, time.perf_counter()
     student = distill(teacher, objective="sim", steps=steps, seed=seed, critic_steps=2, learning_rate=3e-4,
@@ -89,7 +90,7 @@ def run_digits(teacher_steps: int, steps: int, seed: int, device: str) -> dict[s
     student_seconds = time.perf_counter() - start
 
     asked = torch.arange(DIGITS_N) % 10
-    sigmas = samplers.karras_sigmas(18)
+    sigmas = samplers.levels_of(teacher, 18)
     noise = torch.randn(DIGITS_N, *teacher.shape, generator=training.generator_on("cpu", seed + 1))
     many_calls = samplers.heun(teacher, (sigmas[0] * noise).to(device), sigmas, label=asked.to(device)).cpu()
     one_call = student.sample(DIGITS_N, label=asked, seed=seed + 1).cpu()

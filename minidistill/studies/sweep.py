@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from minidistill import divergences, metrics, training
+from minidistill._random import seeded
 from minidistill.distillation import (
     DMD,
     DMD2,
@@ -66,8 +67,8 @@ RADIUS = 2.0  # of the ring
 
 def student(target: GaussianMixture, seed: int, *, hidden: int = 128, depth: int = 6, gain: float = 4.0) -> Generator:
     """A new student for a mixture of many modes: deeper than `distill`'s own, and sharper from the start."""
-    torch.manual_seed(seed)
-    network = MLP(target.shape, hidden=hidden, depth=depth, activation="relu", gain=gain)
+    with seeded(seed):
+        network = MLP(target.shape, hidden=hidden, depth=depth, activation="relu", gain=gain)
     return Generator(Denoiser(network, target.sigma_data), 0.5 * target.sigma_data)
 
 
@@ -252,8 +253,9 @@ def ratio_quality(generator: Generator, ratio: Any, truth: GaussianMixture, sigm
 def learn_ratio(loss: Callable[[Batch], Tensor], p: GaussianMixture, q: GaussianMixture, steps: int) -> Discriminator:
     """log p / q of two fixed laws at noise levels 0.1 to 4, by `matching.ratio_loss` or `ScoreOfMixture().critic_loss`;
     q stands for the student and, as a denoiser, for the critic."""
-    torch.manual_seed(0)
-    rng, ratio = torch.Generator().manual_seed(1), Discriminator(MLP(p.shape, hidden=64, out_features=1), p.sigma_data)
+    with seeded(0):
+        ratio = Discriminator(MLP(p.shape, hidden=64, out_features=1), p.sigma_data)
+    rng = torch.Generator().manual_seed(1)
     optimizer = torch.optim.Adam(ratio.parameters(), 3e-3)
     for step in range(steps):
         training.set_learning_rate(optimizer, 3e-3 * (1 - step / steps))
@@ -287,6 +289,14 @@ class Stored:
 
 
 def read(folder: str | Path) -> Stored:
+    """The rows and samples in a folder. FileNotFoundError, which says where to get them, if they are not there."""
+    if not (Path(folder) / "results.json").is_file():
+        raise FileNotFoundError(f"{Path(folder) / 'results.json'}: no such file; take figures/sweep from the project's "
+                                "repository, beside its folder tutorials, or make it: minidistill sweep --out FOLDER")
+    return _so_far(folder)
+
+
+def _so_far(folder: str | Path) -> Stored:
     """The rows and samples in a folder; none if there are no files yet."""
     file, pictures = Path(folder) / "results.json", Path(folder) / "samples.npz"
     about = json.loads(file.read_text()) if file.exists() else {"rows": []}
@@ -298,7 +308,7 @@ def sweep(
 ) -> None:
     """All runs, with the seeds `first`, `first` + 1, ..., that `out` does not have yet, its rows and samples being kept
     after each."""
-    file, pictures, stored = checkpoints.writable(out / "results.json"), out / "samples.npz", read(out)
+    file, pictures, stored = checkpoints.writable(out / "results.json"), out / "samples.npz", _so_far(out)
     rows, points = stored.rows, stored.points
     have = {(row["study"], row["name"], row["seed"]) for row in rows}
     jobs = [job for study in studies for seed in range(first, first + seeds) for name in STUDIES[study]

@@ -96,11 +96,11 @@ class GaussianTeacher:
         """mu + U diag(gain) U'(x - mu), for each sample with its class's mu, U and variances."""
         if not len(x):
             return x.clone()
-        flat, out = x.flatten(1), []
+        (flat,), out = _validate.precise(x.flatten(1)), []
         for row, rows in _groups(self, label, len(x)):
-            mean, variance, axes = (t[row].to(x) for t in (self._means, self._variances, self._axes))
+            mean, variance, axes = (t[row].to(flat) for t in (self._means, self._variances, self._axes))
             out.append(mean + ((flat[rows] - mean) @ axes * gain(variance, rows)) @ axes.mT)
-        return _ungroup(out, label).reshape(x.shape)
+        return _ungroup(out, label).reshape(x.shape).to(x.dtype)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n draws of the Gaussian of all data, (n, *shape)."""
@@ -178,11 +178,12 @@ class EmpiricalTeacher:
         level = _levels(self, x, sigma)
         if not len(x):
             return x.clone()
-        flat, out = x.flatten(1) - self._centre.to(x), []
+        (flat,), out = _validate.precise(x.flatten(1)), []
+        flat = flat - self._centre.to(flat)
         for row, group in _groups(self, label, len(x)):
             which = self._rows[row - 1] if row else None
             out.append(self._smoothed(flat[group], level[group], which))
-        return (_ungroup(out, label) + self._centre.to(x)).reshape(x.shape)
+        return (_ungroup(out, label) + self._centre.to(flat)).reshape(x.shape).to(x.dtype)
 
     def _smoothed(self, x: Tensor, sigma: Tensor, which: Tensor | None) -> Tensor:
         if not self.smoothing:

@@ -56,7 +56,8 @@ class EnergyDenoiser(Preconditioned):
         """E[x0 | x] estimated: x (n, *shape), sigma a float or (n,) > 0, label (n,) if class-conditional."""
         _validate.floats("x", x)
         s = _validate.broadcast_sigma(sigma, x, positive=True)
-        return x - s.square() * value_and_gradient(lambda u: self.energy(u, sigma, label), x)[1]
+        (wide,) = _validate.precise(x)
+        return (x - s.square() * value_and_gradient(lambda u: self.energy(u, sigma, label), wide)[1]).to(x.dtype)
 
 
 def distil_energy(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -109,7 +109,7 @@ class _Problem:
 
     def detached(self) -> _Problem:
         x, y, a, b = (each.detach() for each in (self.x, self.y, self.a, self.b))
-        return _Problem(x, y, a, b, self.epsilon, self.p, self.chunk)
+        return replace(self, x=x, y=y, a=a, b=b)
 
     @property
     def kept(self) -> bool:
