@@ -549,8 +549,8 @@ def test_notebooks_are_collected_wherever_they_lie(tmp_path):
     folder.mkdir()
     for name in ("01_scores_and_mixtures.ipynb", "conftest.py", "nbval.cfg"):
         shutil.copy(ROOT / "tutorials" / name, folder)
-    seen = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tutorials"],
-                          cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tutorials"]
+    seen = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "01_scores_and_mixtures.ipynb::Cell" in seen.stdout, seen.stdout + seen.stderr
 
 
