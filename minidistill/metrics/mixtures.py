@@ -70,8 +70,8 @@ def kl_both_ways(target: GaussianMixture, samples: Tensor, sigma: float = 0.1, n
 
 
 def _blocks(axes: list[Tensor], n: int, size: int) -> list[list[Tensor]]:
-    """The grid, as a list of its axes, or pieces of it: neither its cells, with `size` numbers each, nor the kernels of n
-    samples are to fill the memory."""
+    """The grid, as a list of its axes, or pieces of it: neither its cells, with `size` numbers each, nor the kernels of
+    n samples are to fill the memory."""
     longest = max(len(axis) for axis in axes)
     if size * math.prod(len(axis) for axis in axes) <= WHOLE and n * longest <= 2 * WHOLE:
         return [axes]
