@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from functools import reduce
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,8 +107,11 @@ def any_of(bad: Tensor) -> bool:
 
 
 def tensor(name: str, value: Any, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
-    """`torch.as_tensor`, whose errors do not say which argument they are about; TypeError for what is no array."""
+    """`torch.as_tensor`, whose errors do not say which argument they are about; TypeError for what is no array of real
+    numbers."""
     try:
+        if (torch.is_complex(value) if isinstance(value, Tensor) else np.iscomplexobj(value)):
+            raise TypeError("complex numbers")
         return torch.as_tensor(value, dtype=dtype, device=device)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         what = " ".join(str(error).split())
@@ -148,9 +152,10 @@ def samples(name: str, x: Tensor, shape: tuple[int, ...] | None = None, *, least
 
 
 def like(name: str, value: Any, other: str, x: Tensor) -> None:
-    """Raise unless `value` is a tensor shaped like x, which the caller knows as `other`."""
+    """Raise unless `value` is a floating tensor shaped like x, which the caller knows as `other`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {type(value).__name__}; wanted a tensor shaped like {other}, {tuple(x.shape)}")
+    floats(name, value)
     if value.shape != x.shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; wanted {tuple(x.shape)}, that of {other}")
 
@@ -196,6 +201,7 @@ def broadcast_sigma(sigma: Any, x: Tensor, *, positive: bool = False, name: str 
     Negative, infinite or NaN levels raise ValueError (also 0 if `positive`). On an accelerator the values are
     not looked at: that would make every training step wait for the device.
     """
+    floats("x", x)
     out = tensor(name, sigma, torch.promote_types(x.dtype, torch.float32), x.device)
     if out.device.type == "cpu":
         bad = ~((out > 0) if positive else (out >= 0)) | out.isinf()

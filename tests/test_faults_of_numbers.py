@@ -145,10 +145,11 @@ def test_epsilon_is_not_raised_in_silence():
 
 def test_neighbourhoods_do_not_grow_with_the_farthest_sample():
     x, y = cloud(1e7)
-    apart = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-    reach = torch.cdist(y, y, compute_mode="donot_use_mm_for_euclid_dist").kthvalue(4, 1).values
+    apart, own_x, own_y = (torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+                           for a, b in ((x, y), (x, x), (y, y)))
     found = metrics.precision_recall(x, y)
-    assert found.precision == float((apart <= reach).any(1).double().mean()) < 1
+    assert found.precision == float((apart <= own_y.kthvalue(4, 1).values).any(1).double().mean()) < 1
+    assert found.recall == float((own_x.kthvalue(4, 1).values >= apart.T).any(1).double().mean()) < 1
 
 
 def test_an_empirical_teacher_with_a_far_point():

@@ -67,7 +67,7 @@ def sample_teacher(
     _validate.choose("solver", solver, samplers.SOLVERS)
     sigmas = samplers.levels_of(teacher, levels, sigma_min, sigma_max)
     n, batch_size, label, place = _asked(teacher, n, batch_size, label, device)
-    report = samplers.Report() if report is None else report
+    report, seed = samplers.Report() if report is None else report, _validate.whole("seed", seed, least=0)
     rng = training.generator_on("cpu", seed)  # the one generator of the call: the first noise, and then a chain's
     z = torch.randn(n, *_shape(teacher), generator=rng)
     calls = -(-n // batch_size) * (2 * levels - 1) if solver == "heun" else None  # None: a bar without an end

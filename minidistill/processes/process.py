@@ -91,6 +91,7 @@ class Process:
 
     def from_edm(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor]:
         """(x, sigma) in EDM coordinates -> (x_t, t), t shaped like sigma. ValueError: a level the process lacks."""
+        _validate.floats("x", x)
         sigma = _validate.tensor("sigma", sigma, x.dtype, x.device)
         _validate.broadcast_sigma(sigma, x)
         t = self.time(sigma)
@@ -129,6 +130,7 @@ class Process:
 
     def _clock(self, t: Tensor | float, x: Tensor) -> Tensor:
         """t, checked, as a tensor that broadcasts against x."""
+        _validate.floats("x", x)
         t = _validate.tensor("t", t, x.dtype, x.device)
         if not bool(((t >= self.t_min) & (t <= self.t_max)).all()):
             raise self._outside("t", t, "times", [self.t_min, self.t_max])

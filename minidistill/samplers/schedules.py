@@ -32,6 +32,8 @@ def karras_sigmas(
     (Karras 2022, equation 5)."""
     n, sigma_min, sigma_max = _check(n, sigma_min, sigma_max)
     rho = _validate.positive("rho", rho)
+    if max(abs(math.log(sigma_min)), abs(math.log(sigma_max))) > 500 * rho:  # sigma^(1/rho) leaves the range of numbers
+        raise ValueError(f"rho={rho:g}: wanted a larger number for levels from {sigma_min:g} to {sigma_max:g}")
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return _finish((high + _ramp(n) * (low - high)) ** rho, dtype)
 

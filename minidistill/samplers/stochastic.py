@@ -80,7 +80,7 @@ def edm_stochastic(
     """
     churn, s_min, s_noise = (_validate.positive(name, value, strictly=False) for name, value in (
         ("churn", churn), ("s_min", s_min), ("s_noise", s_noise)))
-    s_max = s_max if s_max == math.inf else _validate.number("s_max", s_max)
+    s_max = s_max if isinstance(s_max, float) and s_max == math.inf else _validate.number("s_max", s_max)
     if not s_max >= s_min:
         raise ValueError(f"s_max={s_max!r}: wanted a number >= s_min={s_min}")
     growth = min(churn / max(len(sigmas) - 1, 1), math.sqrt(2) - 1)

@@ -210,7 +210,7 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 def basis(x: Tensor) -> Tensor:
     """The dim unit vectors of one sample's space, (dim, n, *shape)."""
-    dim = x[0].numel()
+    dim = x.shape[1:].numel()
     return torch.eye(dim, dtype=x.dtype, device=x.device).reshape(dim, 1, *x.shape[1:]).expand(dim, *x.shape)
 
 

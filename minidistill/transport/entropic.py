@@ -67,8 +67,8 @@ def sinkhorn(
     value = _transport(problem, stop)
     if debiased:
         for z, weights in ((problem.x, problem.a), (problem.y, problem.b)):
-            value = value - _transport(_Problem(z, z, weights, weights, problem.epsilon, p, chunk), stop) / 2
-    root = problem.scale ** (p / 2)  # twice, as its square may leave the range of numbers
+            value = value - _transport(_Problem(z, z, weights, weights, problem.epsilon, problem.p, chunk), stop) / 2
+    root = problem.scale ** (problem.p / 2)  # twice, as its square may leave the range of numbers
     return (value + problem.moved).to(problem.kind) * root * root
 
 
@@ -147,10 +147,8 @@ def _prepare(
     of one sample each."""
     x, y = _validate.pair(x, y)
     kind, epsilon = x.dtype, _validate.positive("epsilon", epsilon)
-    if not _validate.number("p", p) >= 1:
-        raise ValueError(f"p={p!r}: wanted a finite number >= 1")
-    if chunk is not None:
-        _validate.whole("chunk", chunk)
+    p = _validate.number("p", p, 1, 64)
+    chunk = None if chunk is None else _validate.whole("chunk", chunk)
     a, b = probabilities("weights_x", weights_x, x), probabilities("weights_y", weights_y, y)
     x, y = x.flatten(1), y.flatten(1)
     centre = (x.detach().mean(0) + y.detach().mean(0)) / 2
@@ -163,6 +161,8 @@ def _prepare(
         a, b = a / a.sum(), b / b.sum()
     x, y = x - centre, y - centre
     scale = max(largest(x), largest(y))
+    if p * abs(math.log(scale)) > 600:
+        raise ValueError(f"p={p:g}: the costs of samples of size {scale:.2g} leave the range of numbers; wanted less")
     x, y = x / scale, y / scale
     moved: Tensor | float = 0.0
     if p == 2:

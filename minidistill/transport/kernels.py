@@ -147,7 +147,8 @@ def energy_score(samples: Tensor, observation: Tensor, alpha: float = 1.0, tau: 
     With m = 2 it is half of the loss of Shao 2025: |x1 - y| + |x2 - y| - tau |x1 - x2|, where tau < 1 sharpens. alpha
     = 2 is allowed, to be seen fail: it only compares means.
     """
-    alpha = 2 if alpha == 2 else _exponent(alpha)
+    alpha = _validate.number("alpha", alpha)
+    alpha = alpha if alpha == 2 else _exponent(alpha)
     _validate.positive("tau", tau, strictly=False)
     _validate.samples("observation", observation)
     samples, observation = _ensemble(samples, "observation", observation, least=2)
