@@ -32,9 +32,15 @@ def differentiable() -> Iterator[None]:
 
 
 def vjp(function: Callable[..., Any], *primals: Tensor, has_aux: bool = False) -> Any:
-    """`torch.func.vjp`, `differentiable`."""
+    """`torch.func.vjp`, and the pullback that it returns, `differentiable`."""
     with differentiable():
-        return torch.func.vjp(function, *map(ordinary, primals), has_aux=has_aux)
+        out, pull, *aux = torch.func.vjp(function, *map(ordinary, primals), has_aux=has_aux)
+
+    def careful(v: Tensor) -> tuple[Tensor, ...]:
+        with differentiable():
+            return pull(ordinary(v))
+
+    return out, careful, *aux
 
 
 def derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:

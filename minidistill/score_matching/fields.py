@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minidistill import _validate
-from minidistill._autodiff import ordinary, vjp
+from minidistill._autodiff import differentiable, ordinary, vjp
 from minidistill._random import home
 
 __all__ = [
@@ -51,7 +51,8 @@ def jacobian(
     `chunk_size` bounds how many of them share memory. Samples must not see each other (no batch norm).
     """
     _, pull = pullback(denoiser, x, sigma, label)
-    return vmap(pull, chunk_size=chunk_size)(basis(x)).flatten(2).transpose(0, 1)
+    with differentiable():
+        return vmap(pull, chunk_size=chunk_size)(basis(x)).flatten(2).transpose(0, 1)
 
 
 def trace(x: Tensor, pull: Callable[[Tensor], Tensor], slices: Tensor | None, chunk_size: int | None = None) -> Tensor:
@@ -59,7 +60,8 @@ def trace(x: Tensor, pull: Callable[[Tensor], Tensor], slices: Tensor | None, ch
     if slices is not None:
         _validate.like("slices", slices, "x", x)
         return inner(slices, pull(slices))
-    return vmap(lambda v: inner(v, pull(v)), chunk_size=chunk_size)(basis(x)).sum(0)
+    with differentiable():
+        return vmap(lambda v: inner(v, pull(v)), chunk_size=chunk_size)(basis(x)).sum(0)
 
 
 def asymmetry(
