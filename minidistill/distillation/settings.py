@@ -48,15 +48,14 @@ class Settings:
     accumulate: int = field(default=1)  # changes nothing but the memory taken, so a resumed run may have another
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "critic_steps", "accumulate"):
-            _validate.whole(name, getattr(self, name))
-        _validate.whole("warmup", self.warmup, least=0)
-        _validate.whole("seed", self.seed, least=0)
+        checked: dict[str, Any] = {"seed": _validate.seed("seed", self.seed)}
+        for name in ("steps", "batch_size", "critic_steps", "accumulate", "warmup"):
+            checked[name] = _validate.whole(name, getattr(self, name), least=int(name != "warmup"))
         for name in ("learning_rate", "critic_learning_rate", "sigma_data", "sigma_init", "sigma_min", "sigma_max",
-                     "ema_halflife", "hold"):
-            _validate.positive(name, getattr(self, name))
-        if self.clip is not None:
-            _validate.positive("clip", self.clip)
+                     "ema_halflife", "hold", *(["clip"] if self.clip is not None else [])):
+            checked[name] = _validate.positive(name, getattr(self, name))
+        for name, value in checked.items():  # NumPy's numbers and tensors without dimensions have become Python's
+            object.__setattr__(self, name, value)
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min={self.sigma_min:g} is not below sigma_max={self.sigma_max:g}")
         levels = self.student_levels

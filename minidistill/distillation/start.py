@@ -128,13 +128,12 @@ def distill(
     needs, n_classes = Needs.of(rule), int(getattr(teacher, "n_classes", 0))
     shape = shape_of(teacher, generator, data, shape)
     check_data(data, labels, shape, n_classes, flip)
-    _validate.whole("steps", steps)
-    _validate.whole("evaluate_every", evaluate_every)
+    steps, evaluate_every = _validate.whole("steps", steps), _validate.whole("evaluate_every", evaluate_every)
     check_patience(patience, monitor, evaluate is not None or inspect is not None)
     if needs.second_teacher and not callable(second_teacher):
         raise TypeError(f"second_teacher is {type(second_teacher).__name__}; this objective compares with two: wanted "
                         "another denoiser")
-    device = torch.device(device or device_of(teacher))
+    device = _validate.device("device", device_of(teacher) if device is None else device)
     sigma_data = _sigma_data(sigma_data, teacher, generator, data, shape, n_classes, device)
     if sigma_init is None:
         sigma_init = (1.5 if has_weights(teacher) else 0.5) * sigma_data

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -381,3 +382,13 @@ def test_one_line_reprs():
         assert repr(thing).startswith(words)
         assert "\n" not in repr(thing)
     assert isinstance(OBJECTIVES["forward_kl"], DistributionMatching)
+
+
+def test_numbers_of_other_kinds_become_pythons_and_a_device_is_named(tmp_path):
+    file = tmp_path / "run.safetensors"
+    distill(small_ring(), steps=np.int64(3), batch_size=np.int32(8), learning_rate=torch.tensor(1e-3), checkpoint=file,
+            progress=False)
+    distill(small_ring(), steps=3, batch_size=8, learning_rate=float(torch.tensor(1e-3)), checkpoint=file, resume=True,
+            progress=False)
+    with pytest.raises(ValueError, match="device='gpu'"):
+        distill(small_ring(), device="gpu", **QUICK)
