@@ -64,7 +64,7 @@ def test_kills_of_the_run_book(tmp_path, only_long, tally):
     def check():
         if (out / "results.json").exists():
             assert json.loads((out / "results.json").read_text())
-        for path in out.rglob("*.safetensors"):
+        for path in out.rglob("[!.]*.safetensors"):  # a lock outlives who held it, as a file
             checkpoints.read(path)
 
     for _ in range(20):
@@ -81,6 +81,8 @@ def test_kills_of_the_sweep(tmp_path, only_long, tally):
     seen = []
 
     def check():
+        if not (out / "results.json").exists():
+            return
         rows = [(row["study"], row["name"], row["seed"]) for row in sweep.read(out).rows]
         assert len(rows) == len(set(rows)) >= len(seen)
         seen[:] = rows
