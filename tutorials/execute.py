@@ -8,9 +8,6 @@ import argparse
 import os
 from pathlib import Path
 
-import nbformat
-from nbclient import NotebookClient
-
 HERE = Path(__file__).resolve().parent
 FIXED = {
     "MINIDISTILL_SCALE": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONHASHSEED": "0",
@@ -40,12 +37,20 @@ def asked():
     return [there[stem] for stem in stems] or list(there.values())
 
 
+def execute(path):
+    """Run one notebook in its folder and write it back with what it printed and drew."""
+    import nbformat  # only now: --help needs neither, and nbclient comes with the extra `dev`
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, kernel_name="python3", timeout=1800, resources={"metadata": {"path": str(HERE)}},
+                   record_timing=False).execute()
+    strip(notebook)
+    nbformat.write(notebook, path)
+
+
 if __name__ == "__main__":
     os.environ.update(FIXED)
     for path in asked():
         print(path.name, flush=True)
-        notebook = nbformat.read(path, as_version=4)
-        NotebookClient(notebook, kernel_name="python3", timeout=1800, resources={"metadata": {"path": str(HERE)}},
-                       record_timing=False).execute()
-        strip(notebook)
-        nbformat.write(notebook, path)
+        execute(path)
