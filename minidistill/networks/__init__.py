@@ -21,10 +21,10 @@ from minidistill.networks.denoisers import (
 from minidistill.networks.discriminators import Discriminator, FeatureDiscriminator
 from minidistill.networks.draws import calls_of, device_of, draw
 from minidistill.networks.mlp import MLP, NoiseEmbedding
-from minidistill.networks.unet import PRESETS, UNet, preset
+from minidistill.networks.unet import PRESETS, UNet, grow, preset
 
 __all__ = [
     "MLP", "PRESETS", "Affine", "Correction", "Denoiser", "Discriminator", "FeatureDiscriminator", "Generator",
     "NoiseEmbedding", "Preconditioned", "Teacher", "UNet", "calls_of", "check_input", "device_of", "draw",
-    "estimate_sigma_data", "preset", "probe", "reserve_null_class",
+    "estimate_sigma_data", "grow", "preset", "probe", "reserve_null_class",
 ]

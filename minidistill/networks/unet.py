@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, linear, scaled_dot_product_attention, silu
+from torch.nn.functional import interpolate, linear, pixel_shuffle, pixel_unshuffle, scaled_dot_product_attention, silu
 
 from minidistill import _validate
 from minidistill.networks.mlp import NoiseEmbedding, null_number
 
-__all__ = ["PRESETS", "Attention", "Pointwise", "ResBlock", "UNet", "preset"]
+__all__ = ["PRESETS", "Attention", "Pointwise", "ResBlock", "UNet", "grow", "preset"]
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -78,13 +78,15 @@ class UNet(nn.Module):
     """F(x, c_noise, label) for images (n, c, h, w).
 
     Args:
-        shape: (c, h, w) of one image; h and w divisible by 2^(levels - 1).
+        shape: (c, h, w) of one image; h and w divisible by patch * 2^(levels - 1).
         channels: width at the first level.
         multipliers: width of each level as a multiple of `channels`; each level after the first halves h and w.
         blocks: residual blocks a level.
-        attention: image sides at which attention follows each block, such as (8,).
+        attention: sides, in patches, at which attention follows each block, such as (8,).
         n_classes: 0 for an unconditional network.
         null_class: one more class, number n_classes, for samples whose class is not told.
+        patch: patch x patch pixels become one position with patch^2 times as many channels, so that an image of 32x32
+            costs with patch 2 what one of 16x16 costs (as in Hoogeboom 2023, simple diffusion, section 3.3).
     Attributes:
         feature_channels: c of what `features` returns, (n, c, h, w).
     Raises:
@@ -101,9 +103,11 @@ class UNet(nn.Module):
         n_classes: int = 0,
         dropout: float = 0.0,
         null_class: bool = False,
+        patch: int = 1,
     ) -> None:
         super().__init__()
         shape, channels = _validate.shape("shape", shape), _validate.whole("channels", channels)
+        patch = _validate.whole("patch", patch)
         multipliers = _validate.shape("multipliers", multipliers, "whole numbers >= 1, one a level")
         blocks, n_classes = _validate.whole("blocks", blocks), _validate.whole("n_classes", n_classes, least=0)
         attention = [_validate.whole("attention", side) for side in attention]
@@ -111,20 +115,21 @@ class UNet(nn.Module):
         self.config: dict[str, Any] = {
             "kind": "unet", "shape": list(shape), "channels": channels, "multipliers": list(multipliers),
             "blocks": blocks, "attention": attention, "n_classes": n_classes, "dropout": dropout,
-        } | ({"null_class": True} if null_class else {})
-        halvings = len(multipliers) - 1
-        if len(shape) != 3 or shape[1] % 2**halvings or shape[2] % 2**halvings:
-            raise ValueError(f"shape={shape}: wanted (c, h, w) with h and w divisible by {2**halvings}")
+        } | ({"null_class": True} if null_class else {}) | ({"patch": patch} if patch > 1 else {})
+        divisor = patch * 2 ** (len(multipliers) - 1)
+        if len(shape) != 3 or shape[1] % divisor or shape[2] % divisor:
+            raise ValueError(f"shape={shape}: wanted (c, h, w) with h and w divisible by {divisor}")
         if channels % 4:
             raise ValueError(f"channels={channels}: wanted a multiple of 4")
         self.shape, self.n_classes, self.null_class = shape, n_classes, null_number(n_classes, null_class)
-        width, side = 4 * channels, shape[1]
+        self.patch, colours = patch, shape[0] * patch**2
+        width, side = 4 * channels, shape[1] // patch
         self.noise = NoiseEmbedding(channels)
         # The MLP's octaves, 0 to 7, sampled more finely: far higher frequencies would turn rounding into noise.
         self.noise.frequencies = math.pi * 2.0 ** torch.linspace(0, 7, channels // 2)
         self.embed = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(n_classes + bool(null_class), width) if n_classes else None
-        self.first = nn.Conv2d(shape[0], channels, 3, padding=1)
+        self.first = nn.Conv2d(colours, channels, 3, padding=1)
 
         def block(inward: int, outward: int) -> nn.ModuleList:
             layers: list[nn.Module] = [ResBlock(inward, outward, width, dropout)]
@@ -154,7 +159,7 @@ class UNet(nn.Module):
             if level:
                 side *= 2
                 self.up.append(nn.Conv2d(now, now, 3, padding=1))
-        self.last_norm, self.outward = _norm(now), nn.Conv2d(now, shape[0], 3, padding=1)
+        self.last_norm, self.outward = _norm(now), nn.Conv2d(now, colours, 3, padding=1)
 
     def features(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
         """The bottleneck, after the middle block: (n, feature_channels, h, w) at the lowest level's h and w.
@@ -168,7 +173,7 @@ class UNet(nn.Module):
                 h = stage(interpolate(h, scale_factor=2.0))
             else:
                 h = _apply(stage, torch.cat([h, skips.pop()], 1), embedding)
-        return self.outward(silu(self.last_norm(h)))
+        return pixel_shuffle(self.outward(silu(self.last_norm(h))), self.patch)
 
     def _encode(self, x: Tensor, c_noise: Tensor, label: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor]:
         """(bottleneck, the way up's skips, embedding (n, 4 channels))."""
@@ -176,7 +181,7 @@ class UNet(nn.Module):
         if self.label is not None:
             embedding = embedding + self.label(label)
         embedding = silu(embedding)
-        h = self.first(x)
+        h = self.first(pixel_unshuffle(x, self.patch))
         skips = [h]
         for stage in self.down:
             h = _apply(stage, h, embedding)
@@ -204,3 +209,34 @@ def preset(name: str, shape: tuple[int, ...] = (3, 32, 32), n_classes: int = 0, 
     """A `UNet` of a named size: "tiny" (trains on a CPU), "small" or "base". `overrides` replace its arguments."""
     size: dict[str, Any] = _validate.choose("name", name, PRESETS)
     return UNet(shape, n_classes=n_classes, **{**size, **overrides})
+
+
+@torch.no_grad()
+def grow(network: UNet) -> UNet:
+    """A network for images of twice the side that starts where `network` (patch 1) is, and costs as much to run.
+
+    Each position now holds 2x2 pixels. Of images x at noise level sigma it sees the means of the patches, which are the
+    small images at level sigma / 2, and gives all four pixels what `network` gives their mean:
+
+        grown(x, c_noise) = each pixel four times of network(average of 2x2 of x, c_noise - ln(2) / 4).
+
+    The rest, four pixels that differ, is for training to find.
+    """
+    if network.patch != 1:
+        raise ValueError(f"network has patch={network.patch}: wanted one with patch 1")
+    colours, height, width = network.shape
+    config = {name: value for name, value in network.config.items() if name != "kind"}
+    grown = UNet(**{**config, "shape": (colours, 2 * height, 2 * width), "patch": 2})
+    weights = dict(network.state_dict())
+    # Channel c of a pixel stands at 4 c to 4 c + 3 of its patch.
+    weights["first.weight"] = weights["first.weight"].repeat_interleave(4, 1) / 4
+    for name in ("outward.weight", "outward.bias"):
+        weights[name] = weights[name].repeat_interleave(4, 0)
+    # A shift of c_noise turns each (sine, cosine) of its embedding by a fixed angle: a linear map, which the next layer
+    # can take over. sin(a - t) = cos(t) sin(a) - sin(t) cos(a), cos(a - t) = sin(t) sin(a) + cos(t) cos(a).
+    sine, cosine = weights["embed.0.weight"].chunk(2, 1)
+    turn = math.log(2) / 4 * network.noise.frequencies / 4
+    weights["embed.0.weight"] = torch.cat(
+        [turn.cos() * sine + turn.sin() * cosine, turn.cos() * cosine - turn.sin() * sine], 1)
+    grown.load_state_dict(weights)
+    return grown.to(next(network.parameters()).device)

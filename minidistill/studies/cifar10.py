@@ -69,6 +69,8 @@ class Settings:
     batches: tuple[int, ...] | None
     subset: int | None
     preset: str
+    patch: int
+    grow: str | None
     objective: str
     critic_steps: int | None
     batch_size: int
@@ -91,7 +93,8 @@ class Settings:
         given = {f.name: getattr(a, f.name) for f in fields(cls) if f.name != "command"}
         batches = None if a.batches is None else tuple(int(number) for number in a.batches.split(","))
         folders = {"out": Path(a.out), "weights": Path(a.weights)}
-        return cls(**{**given, **folders, "batches": batches, "command": _command(a.argv)})
+        patch = a.patch or (2 if a.size == 32 and a.preset == "tiny" else 1)
+        return cls(**{**given, **folders, "batches": batches, "patch": patch, "command": _command(a.argv)})
 
     @property
     def dataset(self) -> str:
@@ -101,6 +104,10 @@ class Settings:
     def every(self) -> int:
         """Steps between exports."""
         return max(1, self.checkpoint_images // self.batch_size)
+
+    def network(self) -> unet.UNet:
+        """A new one, of the preset."""
+        return unet.preset(self.preset, (3, self.size, self.size), n_classes=10, patch=self.patch)
 
     def file(self, name: str) -> Path:
         return self.out / f"{name}.safetensors"
@@ -151,7 +158,7 @@ def _stage_of_teacher(s: Settings, images: Tensor, labels: Tensor, speed: Speed,
     kept, seen = _kept(s, "teacher")
     torch.manual_seed(s.seed)  # the network's first weights
     # Where the full state stayed elsewhere, go on from the averaged weights, with a fresh optimizer.
-    network = kept.network if isinstance(kept, Denoiser) else unet.preset(s.preset, (3, s.size, s.size), n_classes=10)
+    network = kept.network if isinstance(kept, Denoiser) else _grown(s, s.grow) if s.grow else s.network()
     before = _before(s, "teacher", {"images": seen})["images"]
     first = training.progress_of(s.state("teacher"))["step"]
     last = [before + first * s.batch_size]
@@ -267,12 +274,23 @@ def _kept(s: Settings, name: str) -> tuple[Denoiser | Generator | None, int]:
             continue
         model, info = checkpoints.load_model(file)
         denoiser: Any = model.denoiser if isinstance(model, Generator) else model
-        same = denoiser.network.config == unet.preset(s.preset, (3, s.size, s.size), n_classes=10).config
+        same = denoiser.network.config == s.network().config
         if same and info.get("data") == s.dataset:
             return model, int(info["images"])
         if file == own:
             raise ValueError(f"{file} is of another size, preset or data set; wanted those asked for, or another --out")
     return None, 0
+
+
+def _grown(s: Settings, file: str) -> unet.UNet:
+    """A network for images of 32x32 that starts from the weights of a teacher of 16x16."""
+    small, info = checkpoints.load_model(file)
+    config = s.network().config
+    network = unet.grow(small.network) if isinstance(small, Denoiser) and isinstance(small.network, unet.UNet) else None
+    if network is None or network.config != config or info.get("data") != s.dataset:
+        raise ValueError(f"--grow {file}: wanted a teacher of {s.dataset} at 16x16 of preset {s.preset}, "
+                         "and --size 32 --patch 2")
+    return network
 
 
 def _teacher_of(s: Settings) -> tuple[Denoiser, int]:
@@ -313,7 +331,7 @@ def _record(
     return {
         "stage": "teacher" if name == "teacher" else "student", "size": s.size, "data": s.dataset,
         "command": s.command, "hardware": hardware(s.device), "torch": torch.__version__, "preset": s.preset,
-        "batch_size": s.batch_size, "training_images": n_images, "seconds": seconds, "images": images,
+        "patch": s.patch, "batch_size": s.batch_size, "training_images": n_images, "seconds": seconds, "images": images,
         "images_total": before + done["step"] * s.batch_size, "images_per_second": images / seconds,
         "speed": next(key for key, value in SPEEDS.items() if value == speed), "seed": s.seed,
         "skipped": done["skipped"], "curve": _curve(done["history"], before),
@@ -358,7 +376,8 @@ def _command(argv: Sequence[str]) -> str:
     """The command without where its files are, which says nothing about the result."""
     hidden = ("--out", "--data", "--weights")
     places = {i + k for i, word in enumerate(argv) if word in hidden for k in (0, 1)}
-    return " ".join(["minidistill", *(word for i, word in enumerate(argv) if i not in places)])
+    words = [Path(word).name if argv[i - 1] == "--grow" else word for i, word in enumerate(argv)]
+    return " ".join(["minidistill", *(word for i, word in enumerate(words) if i not in places)])
 
 
 def hardware(device: str) -> str:
@@ -375,7 +394,8 @@ def _fastest(s: Settings, images: Tensor, labels: Tensor) -> Speed:
     """Try each way to run one training step for a few seconds; throughput.json keeps what was found."""
     if s.speed != "try":
         return SPEEDS[s.speed]
-    file, where = s.out / "throughput.json", f"{s.preset} {s.size} {s.batch_size} {hardware(s.device)}"
+    file = s.out / "throughput.json"
+    where = f"{s.preset} {s.size} patch {s.patch} {s.batch_size} {hardware(s.device)}"
     found = json.loads(file.read_text()).get(where) if file.exists() else None
     if found is None:
         # Compiling takes a minute that only a GPU's speed pays back; on CPUs the memory order matters little.
@@ -392,7 +412,7 @@ def _tried(s: Settings, speed: Speed, images: Tensor, labels: Tensor) -> float:
     rate = 0.0
     with quality.until(time.monotonic() + PATIENCE):
         try:
-            rate = throughput(s.preset, speed, s.batch_size, images, labels, s.device)
+            rate = throughput(s.network(), speed, s.batch_size, images, labels, s.device)
         except RuntimeError as error:  # of a compiler that is missing or fails, or of memory that does not suffice
             print(f"{speed}: {str(error).splitlines()[0]}", flush=True)
     return rate
@@ -404,10 +424,10 @@ def _without_compiling(speed: Speed) -> Speed:
 
 
 def throughput(
-    preset: str, speed: Speed, batch_size: int, images: Tensor, labels: Tensor, device: str, seconds: float = 4.0
+    network: unet.UNet, speed: Speed, batch_size: int, images: Tensor, labels: Tensor, device: str, seconds: float = 4.0
 ) -> float:
     """Images per second of the teacher's training step (forward, backward, Adam), after a warm-up."""
-    model = Denoiser(unet.preset(preset, tuple(images.shape[1:]), n_classes=10).to(device), 0.5)
+    model = Denoiser(network.to(device), 0.5)
     speed.apply(model)
     optimizer = torch.optim.Adam(model.parameters(), 1e-4, fused=True)
     rng = training.generator_on(device, 0)
@@ -450,6 +470,10 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--subset", type=int, help="train on so many images only, the same number of each class")
     add("--weights", default="tutorials/checkpoints", help="folder of committed weights to go on from")
     add("--preset", choices=sorted(unet.PRESETS), default="small" if gpu else "tiny", help="the U-Net's size")
+    add("--patch", type=int, choices=[1, 2],
+        help="2 makes 2x2 pixels one position of the network: a third of the time. If not given 2 for tiny at 32x32")
+    add("--grow", metavar="FILE",
+        help="a teacher of 16x16; where there is none of 32x32 yet, it starts from these weights (with --patch 2)")
     add("--objective", choices=sorted(STUDENTS), default="sim", help="of the student")
     add("--critic-steps", type=int,
         help="updates of the fake network for each of the student; if not given the objective's own number, or 1")

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import conv2d, interpolate, silu
+from torch.nn.functional import avg_pool2d, conv2d, interpolate, silu
 
-from minidistill.networks.unet import PRESETS, Attention, Pointwise, UNet, preset
+from minidistill.networks.unet import PRESETS, Attention, Pointwise, UNet, grow, preset
 
 MILLIONS = {"tiny": (1, 2), "small": (9, 10), "base": (34, 40)}
 
@@ -153,3 +153,34 @@ def test_a_small_change_of_the_noise_level_changes_the_output_little():
     with torch.no_grad():
         base = network(x, c_noise)
         assert float((network(x, c_noise + 1e-6) - base).abs().max()) < 1e-3 * float(base.std())
+
+
+def test_patches_are_pixels_with_more_channels():
+    """patch 2 is the same network on images whose 2x2 pixels were sorted into channels first, and back at the end."""
+    network, x, c_noise = little(patch=2, shape=(2, 16, 16)), torch.randn(3, 2, 16, 16), torch.tensor([0.3, -0.4, 0.9])
+    inner = little(shape=(8, 8, 8))
+    inner.load_state_dict(network.state_dict())
+    sorted_x = x.reshape(3, 2, 8, 2, 8, 2).permute(0, 1, 3, 5, 2, 4).reshape(3, 8, 8, 8)
+    wanted = inner(sorted_x, c_noise).reshape(3, 2, 2, 2, 8, 8).permute(0, 1, 4, 2, 5, 3).reshape(x.shape)
+    torch.testing.assert_close(network(x, c_noise), wanted)
+    assert network.features(x, c_noise).shape == (3, network.feature_channels, 4, 4)
+    assert UNet(**{k: v for k, v in network.config.items() if k != "kind"}).patch == 2
+    assert "patch" not in little().config  # files of before stay as they are
+    with pytest.raises(ValueError, match=r"divisible by 4"):
+        little(patch=2, shape=(2, 10, 10))
+    with pytest.raises(ValueError, match="patch"):
+        little(patch=0)
+
+
+@pytest.mark.parametrize("n_classes", [0, 3])
+def test_a_grown_network_starts_as_the_small_one_on_averaged_images(n_classes):
+    """In float64: on images of twice the side, each pixel of a patch gets what the patch's mean got, half as noisy."""
+    small = little(n_classes=n_classes).double()
+    grown = grow(small).double()
+    x, c_noise = torch.randn(3, 2, 16, 16, dtype=torch.float64), torch.tensor([0.3, -0.4, 0.9], dtype=torch.float64)
+    label = torch.tensor([0, 2, 1]) if n_classes else None
+    wanted = small(avg_pool2d(x, 2), c_noise - math.log(2) / 4, label)
+    torch.testing.assert_close(grown(x, c_noise, label), interpolate(wanted, scale_factor=2.0), rtol=1e-6, atol=1e-6)
+    assert grown.shape == (2, 16, 16)
+    with pytest.raises(ValueError, match="patch=2: wanted one with patch 1"):
+        grow(grown)

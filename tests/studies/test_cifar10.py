@@ -15,7 +15,7 @@ import torch
 from minidistill import data, training
 from minidistill.cli import main
 from minidistill.metrics import features
-from minidistill.networks import Denoiser, Generator
+from minidistill.networks import Denoiser, Generator, grow, preset
 from minidistill.studies import cifar10
 from minidistill.studies import cifar10_quality as quality
 from minidistill.training import checkpoints
@@ -94,6 +94,24 @@ def test_it_goes_on_from_committed_weights(folder, tmp_path):
     assert record["images_total"] == seen + record["images"]
     other = run("teacher", tmp_path / "other", "--weights", str(committed), "--size", "32")  # these do not fit
     assert other["images_total"] == other["images"]
+
+
+def test_a_teacher_of_32x32_grows_from_one_of_16x16(folder, tmp_path):
+    """At a rate of nothing its weights stay the grown ones, and are those that the next call goes on from."""
+    small = folder / "teacher.safetensors"
+    record = run("teacher", tmp_path, "--size", "32", "--grow", str(small), "--learning-rate", "1e-12")
+    assert record["images_total"] == record["images"] > 0
+    assert (record["size"], record["patch"]) == (32, 2)
+    assert "--grow teacher.safetensors" in record["command"]
+    wanted = grow(checkpoints.load_model(small)[0].network)
+    for grow_again in ([], ["--grow", str(small)]):
+        found = checkpoints.load_model(tmp_path / "teacher.safetensors")[0].network
+        for a, b in zip(wanted.parameters(), found.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        again = run("teacher", tmp_path, "--size", "32", "--learning-rate", "1e-12", *grow_again)
+    assert again["images_total"] > record["images_total"]
+    for wrong in (["--size", "16"], ["--size", "32", "--patch", "1"]):
+        assert main(["cifar10", *SMALL, *SHORT, *wrong, "--grow", str(small), "--out", str(tmp_path / "x")]) == 2
 
 
 def test_a_student_leaves_everything_behind(folder):
@@ -235,5 +253,6 @@ def test_bad_requests_exit_with_2(arguments, words, tmp_path, capsys):
 def test_throughput_of_every_way_to_run_a_step():
     images = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8)
     for name in ("float32", "bfloat16", "bfloat16, channels last"):
-        rate = cifar10.throughput("tiny", cifar10.SPEEDS[name], 4, images, torch.arange(8), "cpu", seconds=0.1)
+        network = preset("tiny", (3, 16, 16), n_classes=10)
+        rate = cifar10.throughput(network, cifar10.SPEEDS[name], 4, images, torch.arange(8), "cpu", seconds=0.1)
         assert rate > 0
