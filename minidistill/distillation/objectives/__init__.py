@@ -32,7 +32,7 @@ OBJECTIVES: dict[str, Objective] = {
     "dmd": DMD(),
     "dmd2": DMD2(),
     # All of Xu 2025: the divergence that did best there, and DMD2's adversarial term, weight and critic steps.
-    "f_distill": DistributionMatching(divergences.F["jensen_shannon"], adversarial_weight=0.1, critic_steps=5),
+    "f_distill": DistributionMatching(divergences.F["jensen_shannon"], adversarial_weight=1.0, critic_steps=5),
     # Their weights, r^2 and 1 / r, are largest where one of the two is alone and the ratio least known.
     "pearson": DistributionMatching(divergences.F["pearson"], clip=2.0),
     "neyman": DistributionMatching(divergences.F["neyman"], clip=1.0),
