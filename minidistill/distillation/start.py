@@ -85,7 +85,7 @@ def distill(
         fake: "learned", a network; "empirical", the closed-form denoiser of 2,048 fresh samples of the student: a
             control in low dimension, without the error of a network that lags behind.
         critic_steps: updates of the fake network (and the ratio) for each update of the generator; None for the
-            objective's own number (5 of `dmd2`, `sid` and `sida`), else 3.
+            objective's own number (5 of `dmd2`, `f_distill`, `sid` and `sida`), else 3.
         learning_rate, critic_learning_rate: of Adam, for the generator and for the critics; None for the objective's
             own (5e-4 of `sid`), else 2e-3.
         sigma_init: noise level at which the student reads its input, G(z) = D(sigma_init z, sigma_init).

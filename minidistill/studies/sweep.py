@@ -160,8 +160,8 @@ STUDIES: dict[str, dict[str, Trial]] = {
     # Adversarial terms and real samples, under a teacher with one mode too heavy.
     "wrong teacher": {
         "reverse_kl": Trial("reverse_kl", "uneven ring", "ring"),
-        "dmd2": Trial("dmd2", "uneven ring", "ring"),
-        "dmd2, weight 1": Trial(DMD2(weight=1.0), "uneven ring", "ring"),
+        "dmd2, weight 0.1": Trial(DMD2(weight=0.1), "uneven ring", "ring"),
+        "dmd2, weight 1": Trial("dmd2", "uneven ring", "ring"),
         "sid, alpha 1": Trial("sim_l2", "uneven ring", "ring"),
         "sida": Trial("sida", "uneven ring", "ring"),
     },

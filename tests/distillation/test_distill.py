@@ -209,7 +209,7 @@ def test_an_objective_that_does_not_say_gets_three_critic_steps(monkeypatch):
     distill(small_ring(), objective="reverse_kl", **QUICK)
     assert len(seen) == 9
     assert Needs.of(OBJECTIVES["dmd2"]).critic_steps == 5
-    assert Needs.of(OBJECTIVES["sid"]) == Needs(critic_steps=5, learning_rate=5e-4)  # alpha = 1.2
+    assert Needs.of(OBJECTIVES["sid"]) == Needs(critic_steps=5, learning_rate=5e-4)
     assert Needs.of(OBJECTIVES["fisher"]) == Needs()  # alpha = 1/2
     # An objective's `clip` bounds a ratio; a gradient's bound has a name of its own.
     assert Needs.of(OBJECTIVES["reverse_kl"]) == Needs()

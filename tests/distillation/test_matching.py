@@ -1,4 +1,4 @@
-"""DMD, DMD2, SiDA, score of mixture and Uni-Instruct: each term's gradient against autograd of what it names."""
+"""DMD, DMD2, f-distill, SiDA, score of mixture, Uni-Instruct: each term's gradient against autograd of its name's."""
 
 import math
 
@@ -14,6 +14,7 @@ from minidistill.distillation import (
     AdversarialScoreIdentity,
     Batch,
     DistributionMatching,
+    Needs,
     ScoreIdentity,
     ScoreOfMixture,
     UniInstruct,
@@ -98,8 +99,10 @@ def test_pairs_are_what_the_teachers_flow_makes_of_the_noise(teacher):
 
 @pytest.mark.parametrize("sigma", SIGMAS)
 @pytest.mark.parametrize("kind", ["two", "three"])
-@pytest.mark.parametrize("objective", [DMD2(PLAIN, weight=1.0), AdversarialScoreIdentity(normalise=False, weight=1.0)],
-                         ids=["dmd2", "sida"])
+@pytest.mark.parametrize("objective", [
+    DMD2(PLAIN, weight=1.0), AdversarialScoreIdentity(normalise=False, weight=1.0),
+    DistributionMatching(dv.F["jensen_shannon"], normalise=False, adversarial_weight=1.0),
+], ids=["dmd2", "sida", "f_distill"])
 def test_the_adversarial_term_is_softened_reverse_kl_at_the_exact_ratio(objective, kind, sigma):
     """grad of sigma^2 D_f with f = (r+1) log((r+1) / 2r), whose weight is 1 / (1 + r)."""
     target = mixture_1d(kind)
@@ -110,6 +113,7 @@ def test_the_adversarial_term_is_softened_reverse_kl_at_the_exact_ratio(objectiv
 def test_the_adversarial_weights_scale_their_terms_alone():
     target = mixture_1d()
     for make, score in ((lambda w: DMD2(PLAIN, weight=w), "matching"),
+                        (lambda w: DistributionMatching(dv.F["forward_kl"], adversarial_weight=w), "matching"),
                         (lambda w: AdversarialScoreIdentity(normalise=False, weight=w), "identity")):
         one, three = (loss_gradient(make(w), target, 0.5, term="adversarial") for w in (1.0, 3.0))
         torch.testing.assert_close(three, 3 * one)
@@ -117,13 +121,36 @@ def test_the_adversarial_weights_scale_their_terms_alone():
 
 
 def test_two_time_scales_are_the_objectives_own():
-    assert OBJECTIVES["dmd2"].critic_steps == 5
-    assert OBJECTIVES["dmd2"].needs_ratio
+    for name in ("dmd2", "f_distill"):
+        assert OBJECTIVES[name].critic_steps == 5
+        assert OBJECTIVES[name].needs_ratio
+    assert Needs.of(OBJECTIVES["jensen_shannon"]).critic_steps is None
     assert OBJECTIVES["dmd"].needs_pairs > 0
     assert not OBJECTIVES["dmd"].needs_ratio
 
 
-# ------------------------------------------------- f-distill's stabilisers, one by one
+# ------------------------------------------------- f-distill: its adversarial term, its stabilisers one by one
+
+def test_f_distill_is_the_divergences_matching_and_dmd2s_adversarial_term():
+    """At an exact ratio, both terms to the bit: the first is Jensen-Shannon's own, the second DMD2's."""
+    target, rule = mixture_1d(), OBJECTIVES["f_distill"]
+    matching, help_ = (loss_gradient(rule, target, 0.5, term=term) for term in ("matching", "adversarial"))
+    assert torch.equal(matching, loss_gradient(OBJECTIVES["jensen_shannon"], target, 0.5, term="matching"))
+    assert torch.equal(help_, loss_gradient(OBJECTIVES["dmd2"], target, 0.5, term="adversarial"))
+    assert help_.abs().max() > 1e-3
+
+
+def test_an_adversarial_term_brings_a_ratio_that_reverse_kl_alone_does_without():
+    """And its weight is still h = 1: the matching term is reverse KL's."""
+    alone, helped = (DistributionMatching(dv.F["reverse_kl"], adversarial_weight=w) for w in (0.0, 0.1))
+    assert (alone.needs_ratio, helped.needs_ratio) == (False, True)
+    assert (alone.weighs, helped.weighs) == (False, False)
+    target = mixture_1d()
+    assert torch.equal(*(loss_gradient(rule, target, 0.5, term="matching") for rule in (alone, helped)))
+    assert torch.equal(loss_gradient(helped, target, 0.5), loss_gradient(DMD2(weight=0.1), target, 0.5))
+    assert not DMD2(weight=0.0).needs_ratio
+
+
 
 def test_each_stabiliser_can_be_switched_off():
     """The weight of Jensen-Shannon with a given logit: clip, division by the level's mean, unit mean; each alone."""
@@ -335,7 +362,7 @@ def test_critics_with_a_ratio_learn_both():
     batch = Batch(torch.randn(8, 2, generator=rng), torch.rand(8, generator=rng) + 0.1,
                   torch.randn(8, 2, generator=rng), ring(), small_denoiser(), real=ring().sample(8, rng),
                   ratio=lambda x, s, label: x.sum(1))
-    for objective in (DMD2(), UniInstruct(dv.F["jensen_shannon"])):
+    for objective in (DMD2(), OBJECTIVES["f_distill"], UniInstruct(dv.F["jensen_shannon"])):
         torch.testing.assert_close(objective.critic_loss(batch), fake_loss(batch) + ratio_loss(batch))
 
 

@@ -106,6 +106,21 @@ def test_score_identity_is_the_papers_formula():
     torch.testing.assert_close(ScoreIdentity(1.2).generator_loss(batch), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("shape", "alpha"), [((2,), 1.0), ((5,), 1.0), ((3, 4), 1.0), ((1, 4, 4), 1.2)])
+def test_sid_takes_the_papers_alpha_for_images_alone(shape, alpha):
+    """The loss of `sid` is that of alpha = 1.2 for images and of 1 elsewhere, and not the other; both are slow."""
+    n, rng = 6, torch.Generator().manual_seed(0)
+    x0, noise, offset = (torch.randn(n, *shape, generator=rng) for _ in range(3))
+    batch = Batch(x0, torch.rand(n, generator=rng) + 0.1, noise, lambda x, s, l: x / 2, lambda x, s, l: x / 3 + offset)
+    sid = OBJECTIVES["sid"]
+    assert sid.alpha_for(x0) == alpha
+    losses = {a: ScoreIdentity(a).generator_loss(batch) for a in (1.0, 1.2)}
+    assert torch.equal(sid.generator_loss(batch), losses.pop(alpha))
+    assert not torch.allclose(sid.generator_loss(batch), *losses.values())
+    assert Needs.of(sid) == Needs.of(ScoreIdentity(1.2)) == Needs(critic_steps=5, learning_rate=5e-4)
+    assert ScoreIdentity(0.5).alpha_for(x0) == 0.5
+
+
 def test_diff_instruct_is_reverse_kl_without_the_normaliser():
     target = mixture_1d()
     plain = DistributionMatching(dv.F["reverse_kl"], normalise=False)
@@ -175,7 +190,8 @@ def test_losses_are_finite_one_a_sample_and_reach_their_networks(name):
 
 @pytest.mark.parametrize(("name", "terms"), [
     ("reverse_kl", {"matching"}), ("dmd", {"matching", "regression"}), ("dmd2", {"matching", "adversarial"}),
-    ("sid", {"identity"}), ("sida", {"identity", "adversarial"}), ("uni_instruct", {"law", "score"}),
+    ("f_distill", {"matching", "adversarial"}), ("sid", {"identity"}), ("sida", {"identity", "adversarial"}),
+    ("uni_instruct", {"law", "score"}),
 ])
 def test_the_terms_gradients_add_up_to_the_losss(name, terms):
     batch, generator = tiny_batch(torch.Generator().manual_seed(0))

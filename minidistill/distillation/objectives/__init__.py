@@ -1,6 +1,7 @@
 """What a distillation minimises: one file a family, and all of them by name.
 
-    matching.py      f-distill, Diff-Instruct: h(r) (s_p - s_q)
+    matching.py      f-distill, Diff-Instruct: h(r) (s_p - s_q), alone or with an adversarial term
+    adversarial.py   the term through a discriminator that three of them share
     dmd.py           DMD (regression on pairs), DMD2 (adversarial)
     implicit.py      SIM, SiD, SiDA: distances between scores
     regression.py    the teacher's own map, pair by pair
@@ -30,6 +31,8 @@ OBJECTIVES: dict[str, Objective] = {
     "diff_instruct": DistributionMatching(divergences.F["reverse_kl"], normalise=False),
     "dmd": DMD(),
     "dmd2": DMD2(),
+    # All of Xu 2025: the divergence that did best there, and DMD2's adversarial term, weight and critic steps.
+    "f_distill": DistributionMatching(divergences.F["jensen_shannon"], adversarial_weight=1.0, critic_steps=5),
     # Their weights, r^2 and 1 / r, are largest where one of the two is alone and the ratio least known.
     "pearson": DistributionMatching(divergences.F["pearson"], clip=2.0),
     "neyman": DistributionMatching(divergences.F["neyman"], clip=1.0),
@@ -37,7 +40,7 @@ OBJECTIVES: dict[str, Objective] = {
     "score_of_mixture": ScoreOfMixture(),
     "sim": ScoreImplicitMatching(divergences.pseudo_huber(0.1)),
     "sim_l2": ScoreImplicitMatching(divergences.squared_l2(), normalise=True, warmup=100, gradient_clip=1.0),
-    "sid": ScoreIdentity(alpha=1.2),
+    "sid": ScoreIdentity(),  # alpha = 1.2 for images, 1 for all else
     "sida": AdversarialScoreIdentity(),
     "fisher": ScoreIdentity(alpha=0.5),
     "regression": Regression(),

@@ -1,19 +1,19 @@
-"""Reverse KL with help: DMD's regression on the teacher's own samples, DMD2's adversarial term."""
+"""Reverse KL with help: DMD's regression on the teacher's own samples, DMD2's adversarial term. (f-distill's is that of
+DMD2 beside another divergence: `f_distill` in OBJECTIVES.)"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
-from torch.nn.functional import softplus
 
-from minidistill.distillation.batch import Batch, per_sample
+from minidistill.distillation.batch import Batch
 from minidistill.distillation.objective import Terms
-from minidistill.distillation.objectives.matching import DistributionMatching, fake_loss, ratio_loss
+from minidistill.distillation.objectives.matching import DistributionMatching
 from minidistill.distillation.objectives.regression import regression_loss
 from minidistill.divergences import F
 
-__all__ = ["DMD", "DMD2", "adversarial"]
+__all__ = ["DMD", "DMD2"]
 
 
 @dataclass(frozen=True)
@@ -52,34 +52,23 @@ class DMD2(Terms):
     adversarial term through the ratio's logit (Yin 2024b): with real data it can correct the teacher.
 
     weight: of the adversarial term. It is put on the matching term's own scale (see `adversarial`), where the paper
-        has one constant for all levels.
+        has one constant for all levels. At 0.1 a wrong teacher stays uncorrected, at 1 it is not (notebook 09).
     """
 
     matching: DistributionMatching = field(default_factory=lambda: DistributionMatching(F["reverse_kl"]))
-    weight: float = 0.1
+    weight: float = 1.0
     critic_steps: int = 5
-    needs_ratio = True
+
+    @property
+    def needs_ratio(self) -> bool:
+        return self.both.needs_ratio
+
+    @property
+    def both(self) -> DistributionMatching:
+        return replace(self.matching, adversarial_weight=self.weight)
 
     def critic_loss(self, batch: Batch) -> Tensor:
-        return fake_loss(batch) + ratio_loss(batch)
+        return self.both.critic_loss(batch)
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
-        assert batch.ratio is not None
-        direction, scale = self.matching.pull(batch)
-        logit = batch.ratio(batch.xt, batch.sigma, batch.label)
-        return {
-            "matching": -per_sample(direction * batch.x0),
-            "adversarial": self.weight * adversarial(logit, batch, scale),
-        }
-
-
-def adversarial(logit: Tensor, batch: Batch, scale: Tensor) -> Tensor:
-    """(sigma / sigma_data)^2 scale softplus(-logit), (n,), for a logit about log r at x_t: (n,), or (n, h, w) and then
-    its places' mean.
-
-    At the exact ratio softplus(-logit) = log(1 + 1/r) pulls along (s_p - s_q) / (1 + r), the gradient of the softened
-    reverse KL; the factors make that commensurable with the score term at every noise level. Derived here.
-    """
-    loss = softplus(-logit)
-    loss = loss if loss.ndim == 1 else loss.flatten(1).mean(1)
-    return scale.flatten() * (batch.sigma / batch.sigma_data).square() * loss
+        return self.both.terms(batch)

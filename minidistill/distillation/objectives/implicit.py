@@ -21,7 +21,7 @@ from torch.nn.functional import softplus
 
 from minidistill.distillation.batch import Batch, dmd_scale, no_weights, per_sample
 from minidistill.distillation.objective import Terms
-from minidistill.distillation.objectives.dmd import adversarial
+from minidistill.distillation.objectives.adversarial import adversarial
 from minidistill.distillation.objectives.matching import fake_loss
 from minidistill.divergences import ScoreDistance
 
@@ -75,30 +75,42 @@ class ScoreIdentity(Terms):
     """SiD (Zhou 2024): (1 - alpha) |D_p - D_q|^2 + (D_p - D_q) . (D_q - x0), gradient through both networks' inputs.
 
     alpha = 1/2 has half the exact gradient of the Fisher divergence E_q |D_p - D_q|^2, alpha = 1 is half SIM with
-    squared L2, and alpha = 1.2 is the paper's empirical choice.
+    squared L2, and alpha = 1.2 is the paper's empirical choice for images. None, the default, is 1.2 for images,
+    samples (c, h, w), and 1 for samples of any other shape.
 
     Above 1 the first part has the wrong sign: at small levels it pushes a wide student outwards, and over all levels
-    calls far samples back only weakly, so a student that leaps away from the data is lost. It is trained slowly, behind
-    a critic that keeps up; without a teacher's weights to start from, faster runs diverged (notebook 10).
+    calls far samples back only weakly, so a student that leaps away from the data is lost, as all were on a lattice of
+    25 modes (notebook 10). By default and above 1 it is trained slowly, behind a critic that keeps up.
     """
 
-    alpha: float = 1.2
+    alpha: float | None = None
     normalise: bool = True
     needs_ratio = False
 
+    def alpha_for(self, x0: Tensor) -> float:
+        """The alpha that samples (n, *shape) are matched by."""
+        if self.alpha is not None:
+            return self.alpha
+        return 1.2 if x0.ndim == 4 else 1.0
+
+    @property
+    def slow(self) -> bool:
+        return self.alpha is None or self.alpha > 1
+
     @property
     def critic_steps(self) -> int | None:
-        return 5 if self.alpha > 1 else None
+        return 5 if self.slow else None
 
     @property
     def learning_rate(self) -> float | None:
-        return 5e-4 if self.alpha > 1 else None
+        return 5e-4 if self.slow else None
 
     def critic_loss(self, batch: Batch) -> Tensor:
         return fake_loss(batch)
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
-        return {"identity": implicit_loss(batch, HALF_SQUARED_L2, self.alpha, self.normalise)[0]}
+        alpha = self.alpha_for(batch.x0)
+        return {"identity": implicit_loss(batch, HALF_SQUARED_L2, alpha, self.normalise)[0]}
 
 
 @dataclass(frozen=True)

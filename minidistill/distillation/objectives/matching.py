@@ -1,7 +1,7 @@
 """Distribution matching: move samples along h(r) (score_p - score_q).
 
 One rule for every f-divergence (f-distill, Xu 2025); with h = 1 it is reverse KL, that is DMD without its
-regression term (Yin 2024) and, without the normaliser, Diff-Instruct (Luo 2023).
+regression term (Yin 2024) and, without the normaliser, Diff-Instruct (Luo 2023). An adversarial term may join it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch.nn.functional import softplus
 
 from minidistill.distillation.batch import Batch, dmd_scale, no_weights, per_sample
 from minidistill.distillation.objective import Terms
+from minidistill.distillation.objectives.adversarial import adversarial
 from minidistill.divergences import FDivergence
 from minidistill.score_matching import denoising_loss, edm_weight
 
@@ -48,6 +49,12 @@ class DistributionMatching(Terms):
     unit_mean: divide h by its batch mean. Means are over what is computed at once, so over a piece where a batch is
         accumulated in pieces.
     normalise: False switches all four off; the loss's gradient is then that of (sigma / sigma_data)^2 D_f exactly.
+
+    And what f-distill takes over from DMD2 (Yin 2024b):
+
+    adversarial_weight: of a term through the logit of the very discriminator whose exponential is r (see
+        `adversarial`); with real data it can correct the teacher. 0 for none.
+    critic_steps: as in `distill`, which takes its own where this is None.
     """
 
     divergence: FDivergence
@@ -56,19 +63,31 @@ class DistributionMatching(Terms):
     clip: float | None = 5.0
     levels: int = 10
     unit_mean: bool = True
+    adversarial_weight: float = 0.0
+    critic_steps: int | None = None
+
+    @property
+    def weighs(self) -> bool:
+        """Whether h depends on the ratio, as all but reverse KL's does."""
+        log_h = self.divergence.log_weight(torch.linspace(-3.0, 2.0, 11))
+        return bool((log_h - log_h[0]).abs().max() > 1e-5)
 
     @property
     def needs_ratio(self) -> bool:
-        """Only reverse KL's weight does not depend on the ratio."""
-        log_h = self.divergence.log_weight(torch.linspace(-3.0, 2.0, 11))
-        return bool((log_h - log_h[0]).abs().max() > 1e-5)
+        return self.adversarial_weight != 0 or self.weighs
 
     def critic_loss(self, batch: Batch) -> Tensor:
         loss = fake_loss(batch)
         return loss + ratio_loss(batch) if self.needs_ratio else loss
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
-        return {"matching": -per_sample(self.pull(batch)[0] * batch.x0)}
+        direction, scale = self.pull(batch)
+        terms = {"matching": -per_sample(direction * batch.x0)}
+        if self.adversarial_weight:
+            assert batch.ratio is not None
+            logit = batch.ratio(batch.xt, batch.sigma, batch.label)  # this time with its graph
+            terms["adversarial"] = self.adversarial_weight * adversarial(logit, batch, scale)
+        return terms
 
     @torch.no_grad()
     def pull(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -77,7 +96,7 @@ class DistributionMatching(Terms):
         xt = batch.xt
         teacher_x0, fake_x0 = batch.denoise_both(xt)
         scale = dmd_scale(batch.x0, teacher_x0, batch.sigma_data) if self.normalise and self.scale else no_weights(xt)
-        h = self._weight(batch, xt).reshape(scale.shape) if self.needs_ratio else self._constant()
+        h = self._weight(batch, xt).reshape(scale.shape) if self.weighs else self._constant()
         return scale * h * (teacher_x0 - fake_x0) / batch.sigma_data**2, scale
 
     def _constant(self) -> float:
