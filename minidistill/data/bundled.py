@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from minidistill import _validate
@@ -18,6 +17,8 @@ def digits() -> tuple[Tensor, Tensor]:
     Returns:
         images (1797, 1, 8, 8), float32 in [-1, 1]; labels (1797,), int64, 0 to 9.
     """
+    from sklearn.datasets import load_digits  # here, since it doubles the time of `import minidistill`
+
     images, labels = load_digits(return_X_y=True)  # pixels are whole numbers from 0 to 16
     return torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1, torch.tensor(labels)
 
