@@ -1,4 +1,4 @@
-"""How pytest runs notebooks: by nbval, wherever this folder was copied to and wherever pytest was started."""
+"""How pytest runs notebooks: by nbval, wherever this folder was copied to and pytest started."""
 
 import os
 from pathlib import Path
@@ -14,10 +14,11 @@ def pytest_configure(config):
     if hasattr(option, "nbval_lax"):
         option.nbval_lax = not option.nbval  # marked cells are compared, the others only run
         option.nbval_current_env = True
-        option.nbval_sanitize_with = option.nbval_sanitize_with or str(Path(__file__).parent / "nbval.cfg")
-        option.nbval_cell_timeout = max(option.nbval_cell_timeout, 600)  # a busy machine is not an error
+        rules = str(Path(__file__).parent / "nbval.cfg")
+        option.nbval_sanitize_with = option.nbval_sanitize_with or rules
+        option.nbval_cell_timeout = max(option.nbval_cell_timeout, 600)  # a busy machine is fine
 
 
 def pytest_collectstart(collector):
-    if hasattr(collector, "skip_compare"):  # a notebook: progress bars and pictures are not compared
+    if hasattr(collector, "skip_compare"):  # a notebook: bars, pictures and numbers are not
         collector.skip_compare += ("stderr", "text/html", "image/svg+xml")

@@ -1,17 +1,23 @@
-"""Execute notebooks in place, reproducibly: `python tutorials/execute.py [names]`, by default all of them.
+"""Execute notebooks in place, reproducibly: `python tutorials/execute.py [names]`, by default all.
 
-The environment is fixed (cpu scale, one thread), and what changes from run to run (stderr, progress bars,
-widget state, timestamps) is stripped.
+The environment is fixed (cpu scale, one thread), and what changes from run to run (stderr, progress
+bars, widget state, timestamps) is stripped. Then figures/claims.md is written again (`claims.py`).
 """
 
 import argparse
 import os
 from pathlib import Path
 
+import claims
+
 HERE = Path(__file__).resolve().parent
 FIXED = {
-    "MINIDISTILL_SCALE": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONHASHSEED": "0",
-    "MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONPATH": str(HERE.parent),
+    "MINIDISTILL_SCALE": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONHASHSEED": "0",
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    "PYTHONPATH": str(HERE.parent),
 }
 
 
@@ -30,7 +36,8 @@ def asked():
     """The notebooks named on the command line, or all."""
     there = {path.stem: path for path in sorted(HERE.glob("*.ipynb"))}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(there)} (default all)")
+    listed = f"{', '.join(there)} (default all)"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=listed)
     stems = [Path(name).stem for name in parser.parse_args().names]
     if unknown := [stem for stem in stems if stem not in there]:
         parser.error(f"no notebook {', '.join(unknown)}; there are {', '.join(there)}")
@@ -43,8 +50,9 @@ def execute(path):
     from nbclient import NotebookClient
 
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, kernel_name="python3", timeout=1800, resources={"metadata": {"path": str(HERE)}},
-                   record_timing=False).execute()
+    client = NotebookClient(notebook, kernel_name="python3", timeout=1800, record_timing=False,
+                            resources={"metadata": {"path": str(HERE)}})
+    client.execute()
     strip(notebook)
     nbformat.write(notebook, path)
 
@@ -54,3 +62,4 @@ if __name__ == "__main__":
     for path in asked():
         print(path.name, flush=True)
         execute(path)
+    claims.write()

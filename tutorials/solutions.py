@@ -1,8 +1,13 @@
-"""Answers to the exercises; a function is named like its exercise and its check."""
+"""Answers to the exercises; a function is named like its exercise and its check.
+
+`python solve.py NOTEBOOK` writes a copy of a notebook with these in the place of its stubs.
+"""
 
 import math
 
 import torch
+
+from minidistill import score_matching as sm
 
 
 # 00_quickstart
@@ -16,9 +21,43 @@ def score_gap(teacher_x0, fake_x0, sigma):
     return (teacher_x0 - fake_x0) / sigma[:, None] ** 2
 
 
+def distillation_loop(teacher, student, fake, steps, rng):
+    """The fake network denoises the student's samples; then these move along the score gap."""
+    n, scale = 256, teacher.sigma_data
+    student_optimizer = torch.optim.Adam(student.parameters(), 2e-3, betas=(0.0, 0.99))
+    fake_optimizer = torch.optim.Adam(fake.parameters(), 5e-3, betas=(0.0, 0.99))
+    for _ in range(steps):
+        x0 = one_call(student, torch.randn(n, 2, generator=rng), 0.5 * scale)
+        for _ in range(3):
+            sigma = sm.log_uniform_sigma(n, 0.035 * scale, 5 * scale, rng, "cpu")
+            noise = torch.randn(n, 2, generator=rng)
+            weight = sm.edm_weight(sigma, scale)
+            fake_loss = sm.denoising_loss(fake, x0.detach(), sigma, noise, weight=weight).mean()
+            fake_optimizer.zero_grad()
+            fake_loss.backward()
+            fake_optimizer.step()
+        sigma = sm.log_uniform_sigma(n, 0.035 * scale, 5 * scale, rng, "cpu")
+        xt = x0 + sigma[:, None] * torch.randn(n, 2, generator=rng)
+        with torch.no_grad():
+            teacher_x0 = teacher(xt, sigma)
+            gap = score_gap(teacher_x0, fake(xt, sigma), sigma)
+            size = (x0 - teacher_x0).abs().mean(1, keepdim=True)
+            pull = sigma[:, None] ** 2 * gap / size.clamp(min=1e-3)
+        student_loss = -(pull * x0).sum(1).mean()
+        student_optimizer.zero_grad()
+        student_loss.backward()
+        student_optimizer.step()
+    return student
+
+
 # 01_scores_and_mixtures
+def add_noise(x0, sigma, noise):
+    """A column of noise levels, so that each belongs to a sample and not to a coordinate."""
+    return x0 + sigma[:, None] * noise
+
+
 def mixture_score(x, means, stds, weights):
-    """The responsibilities need each component's normaliser s^-d, which equal stds let one forget."""
+    """Responsibilities need each component's normaliser s^-d, which equal stds let one forget."""
     offset = means - x[:, None]  # (n, k, d)
     log_joint = weights.log() - x.shape[1] * stds.log() - (offset**2).sum(2) / (2 * stds**2)
     responsibility = (log_joint - x.shape[1] / 2 * math.log(2 * math.pi)).softmax(1)
@@ -30,12 +69,36 @@ def tweedie(score, x, sigma):
     return x + sigma**2 * score(x)
 
 
+def euler_step(denoiser, x, sigma, after):
+    """The slope of the probability flow at x, times the step, which is negative."""
+    return x + (after - sigma) * (x - denoiser(x, sigma)) / sigma
+
+
 def langevin_share(start, weight):
-    """No walker crosses in any reasonable time, so the start decides and the weight does not matter."""
+    """No walker crosses in any reasonable time: the start decides, whatever the weight."""
     return start
 
 
 # 02_score_matching
+def denoising_loss(denoiser, x0, sigma, noise):
+    """The mean over coordinates, one number a sample."""
+    xt = x0 + sigma[:, None] * noise
+    return ((denoiser(xt, sigma) - x0) ** 2).mean(1)
+
+
+def training_loop(loss, optimizer, steps):
+    """Gradients add up until they are set to zero."""
+    losses = []
+    for _ in range(steps):
+        value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    return losses
+
+
+# 02b_more_losses
 def stein_trace(field, x, noise, radius):
     """E[e'(s(x + re) - s(x)) / r] is the mean of tr grad s around x."""
     return (noise * (field(x + radius * noise) - field(x))).sum(1) / radius
@@ -64,7 +127,7 @@ def velocity(x, x0, alpha, sigma, d_alpha, d_sigma):
 
 
 def uniform_time_density(level):
-    """ln level = logit t, so the density is dt / d logit t = t (1 - t) at t = level / (1 + level): the logistic law."""
+    """ln level = logit t, so that the density is dt / d logit t = t (1 - t): the logistic law."""
     return level / (1 + level) ** 2
 
 
@@ -76,7 +139,7 @@ def weighted_denoiser(x, data, weights, sigma):
 
 
 def aligned_share(scales):
-    """The derivative E[2 w (w rho - 1)] vanishes at rho = E[w] / E[w^2]; one scale alone gives 1 / w."""
+    """The derivative E[2 w (w rho - 1)] vanishes there; one scale alone gives 1 / w."""
     return scales.mean() / (scales**2).mean()
 
 
@@ -127,7 +190,7 @@ def best_cover(means, stds, weights):
 
 # 09_distribution_matching
 def dmd_gradient(x0, teacher_x0, fake_x0):
-    """The difference of the denoisers, over how far the teacher would move the sample: one number a sample."""
+    """The difference of the denoisers, over how far the teacher would move each sample."""
     return (fake_x0 - teacher_x0) / (x0 - teacher_x0).abs().mean(1, keepdim=True)
 
 
@@ -144,7 +207,7 @@ def pseudo_huber_slope(y, c):
 
 
 def gaussian_fisher(mean_p, std_p, mean_q, std_q, sigma):
-    """s_p - s_q = (1 / q - 1 / p) (x - mean_q) + (mean_p - mean_q) / p with the noised variances p and q."""
+    """s_p - s_q = (1/q - 1/p) (x - mean_q) + (mean_p - mean_q) / p, noised variances p and q."""
     p, q = std_p**2 + sigma**2, std_q**2 + sigma**2
     return q * (1 / q - 1 / p) ** 2 + ((mean_p - mean_q) / p) ** 2
 
@@ -181,7 +244,7 @@ def mirror(images, coins):
 
 # 17_cifar10_one_step
 def noise_through(sigma_init, sigma_data):
-    """The skip lets c_skip sigma_init z through; it is largest, sigma_data / 2, at sigma_init = sigma_data."""
+    """The skip lets c_skip sigma_init z through, most of it at sigma_init = sigma_data."""
     return sigma_init * sigma_data**2 / (sigma_init**2 + sigma_data**2)
 
 

@@ -1,24 +1,34 @@
 """Self-checks for the tutorials' exercises: one line of text each, and never an exception.
 
-`check.tweedie(f)` prints "exercise 2: not attempted yet" while `f` returns `...` or None, "exercise 2: correct",
-or the first mismatch, and returns whether `f` is correct. The answers are in `tutorials/solutions.py`.
+`check.tweedie(f)` prints "exercise 2: not attempted yet" while `f` returns `...`, "exercise 2: correct", or the first
+mismatch, with a hint where the mistake is a foreseeable one, and returns whether `f` is correct (which is what nbgrader
+and otter ask for). `check.report(number, function, cases, hints=...)` does the same for an exercise of your own. What
+an exercise made is used afterwards; until it is correct, its namesake in `check.ours` stands in. The answers are in
+`tutorials/solutions.py`.
 """
 
-from minidistill.check._core import claims
+from minidistill.check import ours
+from minidistill.check._claims import claims
+from minidistill.check._core import report
 from minidistill.check.divergences import chi_squared_conjugate, flipped_weight
 from minidistill.check.gradients import best_cover, divergence_weight, reverse_kl_gradient
 from minidistill.check.implicit import gaussian_fisher, pseudo_huber_slope
 from minidistill.check.matching import dmd_gradient, mixture_denoiser
 from minidistill.check.samplers import ddim_step, gaussian_flow
 from minidistill.check.scores import (
+    add_noise,
     best_share,
     class_gradient,
+    denoising_loss,
+    distillation_loop,
+    euler_step,
     gauge_defect,
     langevin_share,
     mixture_score,
     one_call,
     score_gap,
     stein_trace,
+    training_loop,
     tweedie,
     uniform_time_density,
     velocity,
@@ -27,8 +37,10 @@ from minidistill.check.students import c_out, ema_decay, mirror, noise_through, 
 from minidistill.check.teachers import aligned_share, weighted_denoiser
 
 __all__ = [
-    "claims",
-    "one_call", "score_gap", "mixture_score", "tweedie", "langevin_share", "stein_trace", "best_share",  # 00 to 02
+    "claims", "ours", "report",
+    "one_call", "score_gap", "distillation_loop",  # 00
+    "add_noise", "mixture_score", "tweedie", "euler_step", "langevin_share",  # 01
+    "denoising_loss", "training_loop", "stein_trace", "best_share",  # 02, 02b
     "class_gradient", "gauge_defect", "velocity", "uniform_time_density",  # 03, 04
     "weighted_denoiser", "aligned_share",  # 05
     "ddim_step", "gaussian_flow",  # 06

@@ -2,82 +2,221 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import functools
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from minidistill.check._core import Case, points, report
+from minidistill import networks
+from minidistill._random import seeded
+from minidistill.check import ours
+from minidistill.check._core import Case, Function, points, report
 from minidistill.distributions import GaussianMixture, ring
 
 __all__ = [
-    "best_share", "class_gradient", "gauge_defect", "langevin_share", "mixture_score", "one_call", "score_gap",
-    "stein_trace", "tweedie", "uniform_time_density", "velocity",
+    "add_noise", "best_share", "class_gradient", "denoising_loss", "distillation_loop", "euler_step", "gauge_defect",
+    "langevin_share", "mixture_score", "one_call", "score_gap", "stein_trace", "training_loop", "tweedie",
+    "uniform_time_density", "velocity",
 ]
 
 
-def one_call(f: Callable[..., Any]) -> bool:
+def one_call(f: Function) -> bool:
     """00, exercise 1: f(denoiser, z, sigma) is one Euler step of the probability flow from sigma * z down to 0."""
     target, z = ring(8), points(6)
-    return report(1, f, [(f"sigma = {sigma:g}", (target, z, sigma), target(sigma * z, sigma)) for sigma in (1.0, 3.0)])
+    cases: list[Case] = [
+        (f"sigma = {sigma:g}", (target, z, sigma), ours.one_call(target, z, sigma)) for sigma in (1.0, 3.0)
+    ]
+    return report(1, f, cases, hints={
+        "the step starts at x = sigma z, not at z": lambda D, z, s: D(z, s),
+        "the step goes down, from sigma to 0, so that it is -sigma long": lambda D, z, s: 2 * s * z - D(s * z, s),
+        "that is the slope; the step is x plus its length times the slope": lambda D, z, s: (s * z - D(s * z, s)) / s,
+    })
 
 
-def score_gap(f: Callable[..., Any]) -> bool:
+def score_gap(f: Function) -> bool:
     """00, exercise 2: f(teacher_x0, fake_x0, sigma) is s_p - s_q from the two denoised points, sigma (n,)."""
     p, q, sigma = points(6), points(6, seed=1), torch.tensor([0.1, 0.3, 0.5, 1.0, 2.0, 5.0])
-    equal = torch.full((6,), 2.0)
-    return report(2, f, [
-        ("equal denoisers", (p, p, sigma), torch.zeros(6, 2)),
-        ("one noise level", (p, q, equal), (p - q) / 4),
-        ("many noise levels", (p, q, sigma), (p - q) / sigma.square().unsqueeze(1)),
-    ])
+    cases: list[Case] = [
+        (title, (teacher_x0, fake_x0, level), ours.score_gap(teacher_x0, fake_x0, level))
+        for title, teacher_x0, fake_x0, level in (
+            ("equal denoisers", p, p, sigma), ("one noise level", p, q, torch.full((6,), 2.0)),
+            ("many noise levels", p, q, sigma),
+        )
+    ]
+    return report(2, f, cases)
 
 
-def mixture_score(f: Callable[..., Any]) -> bool:
-    """01, exercise 1: f(x, means, stds, weights) is the score of sum_k w_k N(mu_k, s_k^2 I)."""
+def distillation_loop(f: Function) -> bool:
+    """00, exercise 3: f(teacher, student, fake, steps, rng) trains student and fake network in place and returns the
+    student. Tried on one Gaussian beside the origin, with a student that has a mean and a standard deviation."""
+    teacher = GaussianMixture([[0.4, -0.2]], 0.2)
+    seen: dict[str, Any] = {}
+
+    @functools.wraps(f)
+    def after(what: str) -> Any:
+        if not seen:
+            with seeded(0, torch.device("cpu")):
+                student = networks.Affine((2,), sigma_data=0.2)
+                fake = networks.Denoiser(networks.MLP((2,), hidden=16, depth=1), 0.2)
+            before, far = copy.deepcopy(fake.state_dict()), (student.mean - teacher.mean).norm()
+            out = f(teacher, student, fake, 300, torch.Generator().manual_seed(0))
+            if out is not student:
+                return out
+            mean = student.mean.detach()
+            seen.update(
+                mean=mean, nearer=float((mean - teacher.mean).norm() < far), student=float(mean.norm() > 0),
+                fake=float(any((value != before[name]).any() for name, value in fake.state_dict().items())),
+            )
+        return seen[what]
+
+    return report(3, after, [
+        ("do the fake network's weights move (1: yes, 0: no)", ("fake",), 1.0),
+        ("do the student's weights move (1: yes, 0: no)", ("student",), 1.0),
+        ("does the student come nearer to the teacher (1: yes, 0: no)", ("nearer",), 1.0),
+        ("a student's mean, 0 at first, for a teacher at (0.4, -0.2), to 0.1", ("mean",), teacher.mean),
+    ], atol=0.1, rtol=0)
+
+
+def add_noise(f: Function) -> bool:
+    """01, exercise 1: f(x0, sigma, noise) is x0 (n, d) with noise (n, d) of the levels sigma (n,)."""
+    x0, noise, sigma = points(6), points(6, seed=1), torch.tensor([0.1, 0.3, 0.5, 1.0, 2.0, 5.0])
+    pair = torch.tensor([0.5, 3.0])
+    return report(1, f, [
+        ("no noise", (x0, 0 * sigma, noise), x0),
+        ("many noise levels", (x0, sigma, noise), ours.add_noise(x0, sigma, noise)),
+        ("two samples in the plane", (x0[:2], pair, noise[:2]), ours.add_noise(x0[:2], pair, noise[:2])),
+    ], hints={
+        "the noise's standard deviation is sigma, its variance sigma^2":
+            lambda x0, s, e: ours.add_noise(x0, s.sqrt(), e),
+    })
+
+
+def mixture_score(f: Function) -> bool:
+    """01, exercise 2: f(x, means, stds, weights) is the score of sum_k w_k N(mu_k, s_k^2 I)."""
     means, weights, x = torch.tensor([[-1.0, 0.0], [1.0, 0.5], [0.0, 2.0]]), torch.tensor([0.5, 0.3, 0.2]), points(6)
     cases: list[Case] = []
     for title, stds in (("equal stds", torch.full((3,), 0.7)), ("different stds", torch.tensor([0.4, 0.8, 1.5]))):
-        cases.append((title, (x, means, stds, weights), GaussianMixture(means, stds, weights).score(x)))
-    return report(1, f, cases)
+        cases.append((title, (x, means, stds, weights), ours.mixture_score(x, means, stds, weights)))
+
+    def without_normaliser(x: Tensor, means: Tensor, stds: Tensor, weights: Tensor) -> Tensor:
+        return ours.mixture_score(x, means, stds, weights * stds ** x.shape[1])
+
+    return report(2, f, cases, hints={
+        "a Gaussian's density is divided by s^d, which no longer cancels": without_normaliser,
+        "the weights w_k are part of the responsibilities":
+            lambda x, m, s, w: ours.mixture_score(x, m, s, torch.ones_like(w)),
+    })
 
 
-def tweedie(f: Callable[..., Any]) -> bool:
-    """01, exercise 2: f(score, x, sigma) is E[x0 | x], where score is that of the noised law."""
+def tweedie(f: Function) -> bool:
+    """01, exercise 3: f(score, x, sigma) is E[x0 | x], where score is that of the noised law."""
     target, x = ring(3, std=0.5), points(6)
-    return report(2, f, [
-        (f"sigma = {sigma:g}", (target.noised(sigma).score, x, sigma), target(x, sigma)) for sigma in (1.0, 0.5, 2.0)
-    ])
-
-
-def langevin_share(f: Callable[..., Any]) -> bool:
-    """01, exercise 3: f(start, weight) is the left mode's share after plain Langevin between far modes."""
     return report(3, f, [
+        (f"sigma = {sigma:g}", (target.noised(sigma).score, x, sigma), target(x, sigma)) for sigma in (1.0, 0.5, 2.0)
+    ], hints={
+        "the score is multiplied by the variance sigma^2, not by sigma": lambda score, x, s: x + s * score(x),
+        "the denoised point lies up the score from x: add x": lambda score, x, s: s**2 * score(x),
+        "towards the data is along the score, not against it": lambda score, x, s: x - s**2 * score(x),
+    })
+
+
+def euler_step(f: Function) -> bool:
+    """01, exercise 4: f(denoiser, x, sigma, after) is one Euler step of the probability flow to the level after it."""
+    target, x = ring(3, std=0.5), points(6)
+    return report(4, f, [
+        (f"from {sigma:g} to {after:g}", (target, x, sigma, after), ours.euler_step(target, x, sigma, after))
+        for sigma, after in ((1.0, 0.0), (2.0, 1.5), (0.5, 0.1))
+    ], hints={
+        "the step's length is after - sigma, which is negative":
+            lambda D, x, s, t: x + (s - t) * (x - D(x, s)) / s,
+        "the slope is (x - D) / sigma: it is divided by sigma": lambda D, x, s, t: x + (t - s) * (x - D(x, s)),
+        "that is the slope; the step is x plus its length times the slope": lambda D, x, s, t: (x - D(x, s)) / s,
+    })
+
+
+def langevin_share(f: Function) -> bool:
+    """01, exercise 5: f(start, weight) is the left mode's share after plain Langevin between far modes."""
+    return report(5, f, [
         (f"start = {start:g}, weight = {weight:g}", (start, weight), start)
         for start, weight in ((0.5, 0.8), (0.3, 0.8), (0.9, 0.1))
     ])
 
 
-def stein_trace(f: Callable[..., Any]) -> bool:
-    """02, exercise 1: f(field, x, noise, radius) is Stein's estimate (n,) of the field's divergence at x, (n, d)."""
+def denoising_loss(f: Function) -> bool:
+    """02, exercise 1: f(denoiser, x0, sigma, noise) is |D(x0 + sigma e, sigma) - x0|^2 / d, (n,)."""
+    target, x0, noise = ring(3, std=0.5), points(6), points(6, seed=1)
+    sigma = torch.tensor([0.1, 0.3, 0.5, 1.0, 2.0, 5.0])
+
+    def clean(D: Any, x0: Tensor, s: Tensor, e: Tensor) -> Tensor:
+        return (D(x0, s) - x0).square().mean(1)
+
+    return report(1, f, [
+        ("one noise level", (target, x0, torch.ones(6), noise), ours.denoising_loss(target, x0, torch.ones(6), noise)),
+        ("many noise levels", (target, x0, sigma, noise), ours.denoising_loss(target, x0, sigma, noise)),
+    ], hints={
+        "the denoiser is called on the noised x0 + sigma e, not on x0": clean,
+        "the target is the clean x0, not the noised x": lambda D, x0, s, e: (
+            (D(ours.add_noise(x0, s, e), s) - ours.add_noise(x0, s, e)).square().mean(1)),
+        "the target is the clean x0; the noise is what a noise predictor returns": lambda D, x0, s, e: (
+            (D(ours.add_noise(x0, s, e), s) - e).square().mean(1)),
+        "a square is missing": lambda D, x0, s, e: (D(ours.add_noise(x0, s, e), s) - x0).abs().mean(1),
+    })
+
+
+def training_loop(f: Function) -> bool:
+    """02, exercise 2: f(loss, optimizer, steps) minimises loss() and returns the list of its values. Tried on
+    |w|^2 / 2, which gradient descent makes smaller by the same factor in each step."""
+    def start(rate: float = 0.5, steps: int = 5) -> tuple[Any, ...]:
+        w = torch.tensor([3.0, -1.0], requires_grad=True)
+        return lambda: w.square().sum() / 2, torch.optim.SGD([w], rate), steps
+
+    def descend(loss: Any, optimizer: Any, steps: int, *, forget: bool = False, step: bool = True) -> list[float]:
+        losses = []
+        for _ in range(steps):
+            value = loss()
+            value.backward()
+            if step:
+                optimizer.step()
+            if not forget:
+                optimizer.zero_grad()
+            losses.append(value.item())
+        return losses
+
+    return report(2, f, [
+        ("five steps on |w|^2 / 2", start, descend(*start())),
+        ("one step", lambda: start(0.1, 1), descend(*start(0.1, 1))),
+    ], hints={
+        "gradients of earlier steps pile up: call optimizer.zero_grad()":
+            lambda loss, o, n: descend(loss, o, n, forget=True),
+        "the weights never change: call optimizer.step() after backward()":
+            lambda loss, o, n: descend(loss, o, n, step=False),
+    })
+
+
+def stein_trace(f: Function) -> bool:
+    """02b, exercise 1: f(field, x, noise, radius) is Stein's estimate (n,) of the field's divergence at x, (n, d)."""
     x, noise, matrix = points(6), points(6, seed=1) / 2, torch.tensor([[0.9, 0.2], [-0.5, 0.4]])
     cases: list[Case] = []
     for title, shift in (("linear field", 0), ("shifted linear field", 3)):
         field = lambda u, shift=shift: u @ matrix.T + shift  # noqa: E731
         cases.append((title, (field, x, noise, 0.1), torch.einsum("ni,ij,nj->n", noise, matrix, noise)))
     rise = (noise * ((x + 0.2 * noise).sin() - x.sin())).sum(1)
-    return report(1, f, [*cases, ("sine, radius = 0.2", (torch.sin, x, noise, 0.2), rise / 0.2)])
+    return report(1, f, [*cases, ("sine, radius = 0.2", (torch.sin, x, noise, 0.2), rise / 0.2)], hints={
+        "subtract the field at x": lambda s, x, e, r: (e * s(x + r * e)).sum(1) / r,
+    })
 
 
-def best_share(f: Callable[..., Any]) -> bool:
-    """02, exercise 2: f(target, denoising, covariance) is the share of the first in the mix of least variance."""
+def best_share(f: Function) -> bool:
+    """02b, exercise 2: f(target, denoising, covariance) is the share of the first in the mix of least variance."""
     return report(2, f, [
         (f"variances {a:g} and {b:g}, covariance {c:g}", (a, b, c), (b - c) / (a + b - 2 * c))
         for a, b, c in ((2.0, 2.0, 0.0), (1.0, 3.0, 0.0), (24.0, 99.0, -1.0), (5.0, 0.5, -0.25))
     ])
 
 
-def class_gradient(f: Callable[..., Any]) -> bool:
+def class_gradient(f: Function) -> bool:
     """03, exercise 1: f(W, probabilities, label) is the gradient (n, d) of log softmax(W x + b)[label] in x."""
     W, x, label = torch.tensor([[1.0, 0.5], [-0.4, 2.0], [0.3, -1.0]]), points(6), torch.tensor([0, 1, 2, 2, 1, 0])
     cases: list[Case] = []
@@ -88,7 +227,7 @@ def class_gradient(f: Callable[..., Any]) -> bool:
     return report(1, f, cases)
 
 
-def gauge_defect(f: Callable[..., Any]) -> bool:
+def gauge_defect(f: Function) -> bool:
     """03, exercise 2: f(jacobian, r, score) is div r + r . score, (n,), of a field r (n, d) with Jacobian (n, d, d)."""
     x, turn = points(6), torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
     cases: list[Case] = []
@@ -101,7 +240,7 @@ def gauge_defect(f: Callable[..., Any]) -> bool:
     return report(2, f, cases)
 
 
-def velocity(f: Callable[..., Any]) -> bool:
+def velocity(f: Function) -> bool:
     """04, exercise 1: f(x, x0, alpha, sigma, d_alpha, d_sigma) is E[dx_t / dt | x] for x0 = E[x0 | x], both (n, d)."""
     x0, e = points(6), points(6, seed=1)
     return report(1, f, [
@@ -113,6 +252,6 @@ def velocity(f: Callable[..., Any]) -> bool:
     ])
 
 
-def uniform_time_density(f: Callable[..., Any]) -> bool:
+def uniform_time_density(f: Function) -> bool:
     """04, exercise 2: f(level) is the density of ln level at level = t / (1 - t) for t uniform on [0, 1]."""
     return report(2, f, [(f"level = {s:g}", (s,), s / (1 + s) ** 2) for s in (1.0, 0.1, 0.5, 4.0)])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from minidistill import check
 
@@ -22,12 +23,55 @@ def _forgot_normaliser(x, means, stds, weights):
     return (responsibility[:, :, None] * offset / stds[:, None] ** 2).sum(1)
 
 
+def _ascending(teacher, student, fake, steps, rng):
+    """The loss with its sign turned: the student runs away."""
+    optimizer = torch.optim.Adam(student.parameters(), 2e-3)
+    for _ in range(steps):
+        x0 = solutions.one_call(student, torch.randn(64, 2, generator=rng), 0.1)
+        optimizer.zero_grad()
+        ((teacher.mean - x0.detach()) * x0).mean().backward()
+        optimizer.step()
+    torch.nn.init.ones_(next(fake.parameters()))
+    return student
+
+
+def _without_fake(teacher, student, fake, steps, rng):
+    """Follows the teacher's score alone; its mean is right, but no fake network is trained."""
+    student.mean.data.copy_(teacher.mean)
+    return student
+
+
+def _without_zero_grad(loss, optimizer, steps):
+    losses = []
+    for _ in range(steps):
+        value = loss()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    return losses
+
+
 WRONG: dict[str, list[Callable[..., Any]]] = {
     "one_call": [lambda d, z, s: d(z, s), lambda d, z, s: s * z - s * (s * z - d(s * z, s))],
     "score_gap": [lambda p, q, s: (q - p) / s[:, None] ** 2, lambda p, q, s: (p - q) / s[:, None]],
+    "distillation_loop": [
+        lambda teacher, student, fake, steps, rng: student, _ascending, _without_fake,
+    ],
+    "add_noise": [
+        lambda x0, s, e: x0 + s[:, None] ** 0.5 * e, lambda x0, s, e: s[:, None] * e, lambda x0, s, e: x0 + e,
+    ],
     "mixture_score": [_forgot_normaliser, lambda *a: -solutions.mixture_score(*a)],
     "tweedie": [lambda f, x, s: x + s * f(x), lambda f, x, s: s**2 * f(x)],
+    "euler_step": [
+        lambda D, x, s, t: x + (s - t) * (x - D(x, s)) / s, lambda D, x, s, t: x + (t - s) * (x - D(x, s)),
+        lambda D, x, s, t: D(x, s),
+    ],
     "langevin_share": [lambda start, weight: weight, lambda start, weight: (start + weight) / 2],
+    "denoising_loss": [
+        lambda D, x0, s, e: (D(x0, s) - x0).square().mean(1),
+        lambda D, x0, s, e: (D(x0 + s[:, None] * e, s) - x0).square().sum(1),
+    ],
+    "training_loop": [_without_zero_grad, lambda loss, optimizer, steps: [float(loss()) for _ in range(steps)]],
     "stein_trace": [
         lambda f, x, e, r: (e * f(x + r * e)).sum(1) / r, lambda f, x, e, r: (e * (f(x + r * e) - f(x))).sum(1) / r**2,
         lambda f, x, e, r: (e * (f(x + r * e) - f(x))).mean(1) / r,
@@ -136,7 +180,7 @@ def test_wrong_answer_fails_with_expected_and_got(name, wrong, capsys):
 @pytest.mark.parametrize("name", WRONG)
 @pytest.mark.parametrize(
     ("stub", "text"),
-    [(lambda *a: ..., "not attempted yet"), (lambda *a: None, "not attempted yet"), (lambda: 0, "raised TypeError"),
+    [(lambda *a: ..., "not attempted yet"), (lambda *a: None, "returns None"), (lambda: 0, "raised TypeError"),
      (lambda *a: "text", "expected numbers"), (None, "raised TypeError"), (lambda *a: [[1.0]] * 7, "expected shape"),
      (lambda *a: float("nan"), "expected")],
 )
