@@ -16,7 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from minidistill import data, plotting, training
@@ -25,8 +28,8 @@ from minidistill.metrics.features import Extractor
 from minidistill.networks import Denoiser, Generator
 
 __all__ = [
-    "CALLS", "Measured", "Nearest", "TimeUp", "draw", "judges", "measure", "nearest", "picture_of", "sample", "tracker",
-    "until",
+    "CALLS", "Measured", "Nearest", "TimeUp", "draw", "judges", "measure", "nearest", "picture_of", "sample",
+    "side_by_side", "tracker", "until",
 ]
 
 LEVELS = 18
@@ -200,8 +203,24 @@ def draw(found: Measured, images: Tensor, folder: Path, seen: Mapping[str, int])
         title = f"{name.replace('_', ' ')}: {calls}, {seen.get(name, 0):,} {made}"
         ax = plotting.class_grid(samples.cpu(), names, title=title)
         plotting.save(ax.figure, folder / f"grid_{name}.png")  # type: ignore[arg-type]
+    if students := [row for row in found.rows if row.get("calls") == 1]:
+        judged = [row for row in students if row["features"] == students[0]["features"]]
+        best = min(judged, key=lambda row: row["frechet"])["model"]
+        titles = {"teacher": f"teacher: {CALLS} network calls", best: f"student ({best.replace('_', ' ')}): one call"}
+        figure = side_by_side({title: found.shown[name].cpu() for name, title in titles.items()})
+        plotting.save(figure, folder / "teacher_and_student.png")
     if found.nearest is not None:
         plotting.save(picture_of(found.nearest).figure, folder / "nearest.png")
+
+
+def side_by_side(grids: Mapping[str, Tensor], rows: int = 6) -> Figure:
+    """Grids of samples (n, 3, h, w), classes in turn, each below its title; a column for each class, `rows` of each."""
+    figure, axes = plt.subplots(1, len(grids), figsize=(6.1 * len(grids), 0.55 * rows + 0.9), layout="constrained")
+    names = ["plane", "car", *data.CIFAR10_CLASSES[2:]]  # there is no room for the two long ones
+    for ax, (title, samples) in zip(np.atleast_1d(axes), grids.items(), strict=True):
+        plotting.class_grid(samples[: 10 * rows], names, ax, title=title)
+        ax.set_title(title, fontsize=14)
+    return figure
 
 
 def picture_of(found: Nearest, ax: Any = None, count: int = 10) -> Any:
