@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from minidistill import _validate
 
-__all__ = ["home", "noise_like", "normal", "seeded"]
+__all__ = ["home", "noise_like", "normal", "seeded", "stream"]
 
 
 def home(device: torch.device, generator: torch.Generator | None) -> torch.device:
@@ -30,6 +31,13 @@ def normal(
 def noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
     """Standard normal numbers with x's shape and dtype, on its device."""
     return normal(tuple(x.shape), x.device, x.dtype, generator)
+
+
+def stream(device: str | torch.device, seed: int, purpose: str) -> torch.Generator:
+    """A generator for one purpose, the same for the same seed, whose numbers are not those that whoever else was given
+    that seed draws: two draws that are to be independent must not begin at one state."""
+    words = hashlib.sha256(f"{purpose}, seed {_validate.seed('seed', seed)}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(words[:8], "little"))
 
 
 @contextmanager

@@ -8,8 +8,10 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import os
 from collections.abc import Iterable
 from functools import reduce
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,8 +20,8 @@ from torch import Tensor
 
 __all__ = [
     "T", "any_of", "broadcast_sigma", "choose", "closest", "denoised", "device", "finite", "fits", "floats",
-    "generator", "labels", "like", "number", "pair", "positive", "precise", "samples", "seed", "shape", "tensor",
-    "whole",
+    "generator", "labels", "like", "number", "pair", "path", "positive", "precise", "samples", "seed", "shape",
+    "tensor", "whole",
 ]
 
 T = TypeVar("T")
@@ -40,7 +42,15 @@ def choose(name: str, value: str, options: dict[str, T]) -> T:
     return options[value]
 
 
-# ------------------------------------------------- numbers
+# ------------------------------------------------- names and numbers
+
+def path(name: str, value: Any) -> Path:
+    """The path, with the home folder for a ~ at its beginning; TypeError for what is no path."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} is {type(value).__name__}; wanted a path, such as 'runs/teacher.safetensors'")
+    return Path(os.path.expanduser(value))
+
+
 
 def number(
     name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, between: bool = False

@@ -241,7 +241,7 @@ def panel(seen: Diagnosis, ax: Axes | None = None, *, columns: int = 12) -> Axes
 def save(figure: Figure, path: str | Path, dpi: int = 110) -> Path:
     """Write the figure atomically, with nothing in it that changes from run to run, close it, and return its path: a
     PNG, or what the name ends in (".svg", ".pdf", ...). ValueError for an ending that matplotlib does not know."""
-    path = Path(path)
+    path = _validate.path("path", path)
     path = path if path.suffix else path.with_name(path.name + ".png")
     kind = path.suffix[1:].lower()
     known = figure.canvas.get_supported_filetypes()

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ import pytest
 import torch
 from nbval.plugin import get_sanitize_patterns
 
-from minidistill import check, divergences, metrics, plotting, processes, samplers, teachers, transport
+from minidistill import check, data, divergences, metrics, plotting, processes, samplers, teachers, training, transport
+from minidistill.distillation import diagnose
 from minidistill.distillation import draw as distillations
+from minidistill.distillation.empirical import EmpiricalFake
+from minidistill.distillation.pairs import make_pairs
 from minidistill.distributions import GaussianMixture, grid, ring, two_moons
 from minidistill.divergences import categorical
 from minidistill.metrics import classifier, evaluation
@@ -30,9 +34,17 @@ from minidistill.score_matching import (
     sure_loss,
 )
 from minidistill.studies import sweep
-from minidistill.teachers import EmpiricalTeacher, calibrated, classifier_free, distil_energy, train_denoiser
-from minidistill.training import checkpoints
+from minidistill.teachers import (
+    EmpiricalTeacher,
+    calibrated,
+    classifier_free,
+    distil_energy,
+    from_diffusers,
+    train_denoiser,
+)
+from minidistill.training import checkpoints, files
 from tests.helpers import LargestTensor, normal, rng, small_denoiser
+from tests.training.test_training import toy_state
 
 ROOT = Path(__file__).parent.parent
 SHORT: Any = {"steps": 2, "batch_size": 8, "progress": False}
@@ -60,6 +72,25 @@ def test_no_generator_is_made_anew_in_a_loop(solver):
     again = samplers.sample(ring(), samplers.levels_of(ring(), 6)[0] * z[:20], samplers.levels_of(ring(), 6), solver,
                             generator=rng())
     assert not torch.allclose(x[:20], again)
+
+
+def test_two_draws_that_should_be_independent_do_not_begin_at_one_state():
+    """One seed, given to both: the training's noise and the pairs', an empirical fake's samples and those it judges."""
+    made = make_pairs(ring(), 64, (2,), 1.0, 0, seed=5, device=torch.device("cpu"), progress=False)
+    assert not torch.allclose(made.z, torch.randn(64, 2, generator=torch.Generator().manual_seed(5)))
+    student = Generator(small_denoiser(), 1.0)
+    fake = EmpiricalFake(student, n=64)
+    seen = diagnose(student, ring(), fake, sigma_data=1.0, n=64, seed=0)
+    nearest = fake(seen.x0, 1e-4)  # at so little noise the sample that is nearest
+    assert float((nearest - seen.x0).detach().norm(dim=1).min()) > 1e-4
+
+
+def test_exact_samples_are_not_compared_with_themselves():
+    """`over_floor` draws its exact sets from the seed that the samples may have been drawn from."""
+    target = ring()
+    x = target.sample(500, torch.Generator().manual_seed(3))
+    y = target.sample(500, torch.Generator().manual_seed(3)) + 1e-9  # the same, but not in every digit
+    assert metrics.over_floor(target, x, seed=3) > 1.15 * metrics.over_floor(target, y, seed=3)
 
 
 DATA = normal(32, 2, dtype=torch.float32)
@@ -138,9 +169,18 @@ def test_the_plan_of_far_samples_is_float64s():
 
 @pytest.mark.filterwarnings("ignore:sinkhorn. marginal error:RuntimeWarning")
 def test_epsilon_is_not_raised_in_silence():
+    """Where it is raised a warning names what was taken, and the plan is that epsilon's; elsewhere it is kept."""
     x, y = cloud(1e9)
-    with pytest.warns(RuntimeWarning, match="epsilon=1 is below what torch.float64 resolves"):
-        transport.sinkhorn_plan(x, y, 1.0, max_iterations=3)
+    with pytest.warns(RuntimeWarning, match="epsilon=1 is below what torch.float64 resolves") as said:
+        plan = transport.sinkhorn_plan(x, y, 1.0, max_iterations=3)
+    taken = float(re.search(r"; (\S+) was taken", str(said[0].message))[1])
+    assert taken > 100
+    torch.testing.assert_close(plan, transport.sinkhorn_plan(x, y, 1.1 * taken, max_iterations=3), rtol=0.1, atol=1e-3)
+    x, y = (each.float() for each in cloud(1e4))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "sinkhorn: epsilon")
+        plan, raised = (transport.sinkhorn_plan(x, y, epsilon, max_iterations=300) for epsilon in (1.0, 140.0))
+    assert float((plan - raised).abs().max()) > 1e-3
 
 
 def test_neighbourhoods_do_not_grow_with_the_farthest_sample():
@@ -395,6 +435,35 @@ class Bare(torch.nn.Module):
 
 def test_a_network_without_a_config_can_be_trained():
     assert train_denoiser(DATA, Bare(), **SHORT)(DATA, 1.0).isfinite().all()
+
+
+def test_a_tilde_is_the_home_folder_in_python_too(tmp_path, monkeypatch):
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    home.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(elsewhere)
+    assert checkpoints.save_model("~/m.safetensors", small_denoiser()) == home / "m.safetensors"
+    checkpoints.load_model("~/m.safetensors")
+    assert checkpoints.exists("~/m.safetensors")
+    assert checkpoints.read_info("~/m.safetensors")["kind"] == "denoiser"
+    assert checkpoints.write("~/w", {"x": torch.ones(1)}, {"kind": "w"}) == home / "w"
+    train_denoiser(DATA, small_denoiser().network, checkpoint="~/run/state", **SHORT)
+    assert training.progress_of("~/run/state")["step"] == 2
+    training.save_state("~/copy", toy_state())
+    training.load_state("~/copy", toy_state())
+    assert plotting.save(plt.figure(), "~/f") == home / "f.png"
+    model = classifier.ConvClassifier((1, 8, 8), stages=((4,),)).folded()
+    classifier.save("~/c", model)
+    classifier.load("~/c")
+    with files.hold("~/held"):
+        assert (home / "held" / ".lock").is_file()
+    for look in (sweep.read, data.cifar10, data.images, from_diffusers, checkpoints.load_model):
+        with pytest.raises(FileNotFoundError, match=re.escape(str(home / "nothing"))):
+            look("~/nothing")
+        with pytest.raises(TypeError, match=r"(is|is or holds an?) int; wanted"):
+            look(3)
+    assert not list(elsewhere.iterdir())
 
 
 @pytest.mark.parametrize(("name", "written"), [("figure", "figure.png"), ("a.svg", "a.svg"), ("b.pdf", "b.pdf")])

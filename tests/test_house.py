@@ -58,6 +58,13 @@ def test_imports_only_point_down(name):
         assert below or room(other) == room(name), f"{name} imports {other}, which is not below it"
 
 
+@pytest.mark.parametrize("name", sorted(FILES.keys() - {"minidistill._autodiff"}))
+def test_derivatives_are_taken_in_one_place(name):
+    """torch.func's alone are 0 in older releases' inference mode; `_autodiff`'s are not."""
+    text = FILES[name].read_text(encoding="utf-8")
+    assert not re.search(r"(torch\.func|functorch|autograd\.functional)[. ](?!vmap|functional_call)\w", text)
+
+
 def test_there_are_no_cycles():
     # A package is loaded before the modules in it, so what its face imports counts for everyone who reaches inside.
     TopologicalSorter(GRAPH).prepare()  # raises CycleError, which names one

@@ -35,6 +35,7 @@ N_TRAIN = 20_000  # samples drawn from a named 2-D target to train a teacher on
 IMAGES = ("digits", "cifar10")
 DATA = (*MIXTURES, *SHAPES, *IMAGES)
 LEVELS, SOLVER = 18, "heun"  # of a teacher's sampler
+SHOWN = 100  # images in one picture
 
 
 def quickstart(a: argparse.Namespace) -> None:
@@ -165,16 +166,19 @@ def sample(a: argparse.Namespace) -> None:
     if out.suffix not in (".png", ".safetensors"):
         raise ValueError(f"--out {out}: wanted a name that ends in .png or .safetensors")
     samples, _ = _draw(model, a)
+    shown = samples[:SHOWN] if samples.ndim == 4 and out.suffix == ".png" else samples
     if out.suffix == ".safetensors":
         checkpoints.write(out, {"samples": samples}, {"kind": "samples"})
     else:
         plotting.use_theme()
         if samples.ndim == 4:
-            ax = plotting.image_grid(samples[:100])
+            ax = plotting.image_grid(shown)
         else:
-            ax = plotting.scatter(samples, target=model if isinstance(model, GaussianMixture) else None)
+            target = model if isinstance(model, GaussianMixture) else None
+            ax = plotting.scatter(samples, target=target, n=len(samples))
         plotting.save(ax.figure, out)  # type: ignore[arg-type]
-    print(f"{len(samples)} samples in {out}")
+    which = f"the first {len(shown)} of " if len(shown) < len(samples) else ""
+    print(f"{which}{len(samples)} samples in {out}")
 
 
 def evaluate(a: argparse.Namespace) -> None:
@@ -186,6 +190,7 @@ def evaluate(a: argparse.Namespace) -> None:
     student = isinstance(model, Generator)
     if name in MIXTURES:
         _refuse(a, ("features", "teacher", "root"), f"{name} is no set of images")
+        _validate.samples("the model's samples", torch.zeros(1, *model.shape), MIXTURES[name]().shape)
         _check_sampler(model, a)
     elif not student:
         _refuse(a, ("teacher",), f"{a.model} is no student")
@@ -260,7 +265,7 @@ def _save_grids(result: evaluation.Comparison, path: Path) -> None:
     for ax, row in zip(axes[0], result.rows, strict=True):
         calls = f"{row['calls']} call{'s' if row['calls'] > 1 else ''}"
         title = f"{row['model']}, {calls}\nFréchet distance {row['frechet']:.3g}"
-        plotting.image_grid(result.samples[row["model"]][:100].cpu(), ax, title=title)
+        plotting.image_grid(result.samples[row["model"]][:SHOWN].cpu(), ax, title=title)
     plotting.save(figure, path)
 
 
@@ -290,14 +295,14 @@ def _check_sampler(model: GaussianMixture | Denoiser | Generator, a: argparse.Na
 def _draw(model: GaussianMixture | Denoiser | Generator, a: argparse.Namespace) -> tuple[Tensor, Tensor | None]:
     """a.n samples and the classes asked for: one call of a generator, a solver's run of a denoiser; of a mixture exact
     ones, unless a solver is asked for."""
+    device = torch.device(a.device)
+    model = model.to(device)
     if isinstance(model, GaussianMixture) and a.solver is None and a.levels is None:
-        return model.sample(a.n, training.generator_on("cpu", a.seed)), None
-    if not isinstance(model, GaussianMixture):
-        model = model.to(a.device)
+        return model.sample(a.n, training.generator_on("cpu", a.seed)).cpu(), None
     if isinstance(model, Generator):
-        return evaluation.sample_student(model, a.n, seed=a.seed)
+        return evaluation.sample_student(model, a.n, seed=a.seed, device=device)
     levels, solver = _or(a.levels, LEVELS), _or(a.solver, SOLVER)
-    return evaluation.sample_teacher(model, a.n, seed=a.seed, levels=levels, solver=solver)
+    return evaluation.sample_teacher(model, a.n, seed=a.seed, levels=levels, solver=solver, device=device)
 
 
 def _place(name: str) -> str:

@@ -114,7 +114,7 @@ def _place(root: str | Path | None, download: bool) -> Path:
             f"root=None and {VARIABLE} is not set: give root= (the folder with CIFAR-10, or its archive's path), "
             f"set {VARIABLE} to it, or give download=True to fetch {URL}"
         )
-    return Path(place).expanduser()
+    return _validate.path("root", place)
 
 
 def _version(

@@ -49,7 +49,7 @@ def images(source: str | Path, size: int | None = None) -> tuple[Tensor, Tensor 
     """
     if size is not None:
         _validate.whole("size", size)
-    path = Path(source).expanduser()
+    path = _validate.path("source", source)
     if path.is_dir():
         return _of_folder(path, size)
     if not path.exists():

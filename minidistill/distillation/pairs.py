@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minidistill import training
+from minidistill._random import stream
 from minidistill.samplers import dpm_solver_2m, karras_sigmas
 
 __all__ = ["LEVELS", "Pairs", "make_pairs"]
@@ -39,7 +39,7 @@ def make_pairs(
 ) -> Pairs:
     """n pairs from the teacher's probability flow, on Karras levels from 160 to 0.004 standard deviations of the data
     (EDM's 80 and 0.002), `batch_size` at a time, with a progress bar. The same for the same seed, classes in turn."""
-    rng = training.generator_on(device, seed)
+    rng = stream(device, seed, "pairs")  # not the training's own: its first batch would be the first pairs again
     z = torch.randn(n, *shape, generator=rng, device=device)
     label = torch.arange(n, device=device) % n_classes if n_classes else None
     sigmas = karras_sigmas(LEVELS, 0.004 * sigma_data, 160 * sigma_data)

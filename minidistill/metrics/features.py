@@ -202,7 +202,8 @@ def _inception(
 
 def _inception_weights(weights: str | Path | None, allow_download: bool) -> Path:
     """The file with Inception's weights, downloaded if it may be; OSError if it is not there or no such file."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE if weights is None else Path(weights)
+    usual = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    path = usual if weights is None else _validate.path("weights", weights)
     if not path.is_file():
         if weights is not None or not allow_download:
             raise FileNotFoundError(

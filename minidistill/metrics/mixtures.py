@@ -144,7 +144,8 @@ def over_floor(target: GaussianMixture, samples: Tensor, seed: int = 0, sets: in
     _validate.samples("samples", samples, target.shape)
     sets, seed = _validate.whole("sets", sets, least=2), _validate.whole("seed", seed, least=0)
     exact, floor = _exact_sets(target, len(samples), seed, sets)
-    return _mean_distance(samples, exact) / floor
+    # Exact samples of the same seed are one of the sets themselves: at no distance, which says nothing.
+    return _mean_distance(samples, [x for x in exact if not torch.equal(x, samples)]) / floor
 
 
 @lru_cache(maxsize=4)  # of mixtures by identity: students of one target share them

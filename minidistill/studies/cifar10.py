@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidistill import data, plotting, teachers, training
+from minidistill import _validate, data, plotting, teachers, training
 from minidistill.distillation import OBJECTIVES, Diagnosis, Needs, Objective, ScoreIdentity, distill
 from minidistill.metrics import evaluation
 from minidistill.networks import Denoiser, Generator, unet
@@ -92,7 +92,7 @@ class Settings:
     def of(cls, a: argparse.Namespace) -> Settings:
         given = {f.name: getattr(a, f.name) for f in fields(cls) if f.name != "command"}
         batches = None if a.batches is None else tuple(int(number) for number in a.batches.split(","))
-        folders = {"out": Path(a.out), "weights": Path(a.weights)}
+        folders = {name: _validate.path(f"--{name}", given[name]) for name in ("out", "weights")}
         patch = a.patch or (2 if a.size == 32 and a.preset == "tiny" else 1)
         return cls(**{**given, **folders, "batches": batches, "patch": patch, "command": _command(a.argv)})
 
@@ -120,6 +120,7 @@ def cifar10(a: argparse.Namespace) -> None:
     """Run the stages asked for, and end when the minutes do; each stage's results are on disk before the next."""
     began = time.monotonic()
     s = Settings.of(a)
+    _refuse_what_is_dropped(s)
     end = began + 60 * s.minutes
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
@@ -139,6 +140,18 @@ def cifar10(a: argparse.Namespace) -> None:
     if s.stage in ("student", "all"):
         _stage_of_student(s, images, labels, _without_compiling(speed), training_ends)
     _stage_of_measuring(s, images, end)
+
+
+def _refuse_what_is_dropped(s: Settings) -> None:
+    """ValueError for an option that this call has no use for."""
+    digits, idle = s.dataset == "digits", f"--stage {s.stage} trains no student"
+    for option, dropped, why in (
+        ("subset", digits, "the digits are few"), ("subset", s.batches is not None, "--batches are whole files"),
+        ("batches", digits, "only of cifar10"), ("critic_steps", s.stage in ("teacher", "evaluate"), idle),
+        ("learning_rate", s.stage == "evaluate", "--stage evaluate trains nothing"),
+    ):
+        if dropped and (given := getattr(s, option)) is not None:
+            raise ValueError(f"--{option.replace('_', '-')} {given}: {why}; wanted the command without it")
 
 
 def _images(s: Settings) -> tuple[Tensor, Tensor]:

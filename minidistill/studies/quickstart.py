@@ -131,7 +131,7 @@ def quickstart(
         _validate.choose("only", only, {half: half for half in ("ring", "digits")})
     if steps is not None:
         _validate.whole("steps", steps)
-    out = Path(out).expanduser()
+    out = _validate.path("out", out)
     checkpoints.writable(out / "results.json")
     began = time.perf_counter()
     jobs: list[tuple[Any, ...]] = []

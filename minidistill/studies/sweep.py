@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from minidistill import divergences, metrics, training
+from minidistill import _validate, divergences, metrics, training
 from minidistill._random import seeded
 from minidistill.distillation import (
     DMD,
@@ -290,24 +290,26 @@ class Stored:
 
 def read(folder: str | Path) -> Stored:
     """The rows and samples in a folder. FileNotFoundError, which says where to get them, if they are not there."""
-    if not (Path(folder) / "results.json").is_file():
-        raise FileNotFoundError(f"{Path(folder) / 'results.json'}: no such file; take figures/sweep from the project's "
+    folder = _validate.path("folder", folder)
+    if not (folder / "results.json").is_file():
+        raise FileNotFoundError(f"{folder / 'results.json'}: no such file; take figures/sweep from the project's "
                                 "repository, beside its folder tutorials, or make it: minidistill sweep --out FOLDER")
     return _so_far(folder)
 
 
-def _so_far(folder: str | Path) -> Stored:
+def _so_far(folder: Path) -> Stored:
     """The rows and samples in a folder; none if there are no files yet."""
-    file, pictures = Path(folder) / "results.json", Path(folder) / "samples.npz"
+    file, pictures = folder / "results.json", folder / "samples.npz"
     about = json.loads(file.read_text()) if file.exists() else {"rows": []}
     return Stored(about, about.pop("rows"), dict(np.load(pictures)) if pictures.exists() else {})
 
 
 def sweep(
-    out: Path, studies: Sequence[str], seeds: int, at_most: int | None = None, workers: int = 2, first: int = 0
+    out: str | Path, studies: Sequence[str], seeds: int, at_most: int | None = None, workers: int = 2, first: int = 0
 ) -> None:
     """All runs, with the seeds `first`, `first` + 1, ..., that `out` does not have yet, its rows and samples being kept
     after each."""
+    out = _validate.path("out", out)
     file, pictures, stored = checkpoints.writable(out / "results.json"), out / "samples.npz", _so_far(out)
     rows, points = stored.rows, stored.points
     have = {(row["study"], row["name"], row["seed"]) for row in rows}
@@ -345,4 +347,4 @@ def command(a: argparse.Namespace) -> None:
     """`minidistill sweep`."""
     if a.device != "cpu":
         raise ValueError(f"--device {a.device}: its small networks run on the CPU; wanted the command without it")
-    sweep(Path(a.out), a.studies, a.seeds, a.at_most, first=a.seed)
+    sweep(a.out, a.studies, a.seeds, a.at_most, first=a.seed)

@@ -123,7 +123,8 @@ def from_diffusers(
         given = type(unet).__name__
         raise TypeError(f"model_or_path is or holds a {given}; wanted a UNet2DModel, a pipeline of one, or a path")
     if isinstance(scheduler, (str, Path)):
-        if not (Path(scheduler) / "scheduler_config.json").is_file():
+        scheduler = _validate.path("scheduler", scheduler)
+        if not (scheduler / "scheduler_config.json").is_file():
             raise FileNotFoundError(f"scheduler={str(scheduler)!r}: no folder with a scheduler_config.json")
         scheduler = diffusers.DDPMScheduler.from_pretrained(scheduler)
     if scheduler is None:
@@ -138,7 +139,7 @@ def from_diffusers(
 
 def _load(name: str | Path, revision: str | None, options: dict[str, Any]) -> tuple[nn.Module, Any]:
     """(model, scheduler or None) of a folder, or of the hub's pipeline."""
-    diffusers, path = _diffusers(), Path(name)
+    diffusers, path = _diffusers(), _validate.path("model_or_path", name)
     options = {"use_safetensors": True, "low_cpu_mem_usage": False, **options}  # the second needs accelerate
     if not options["use_safetensors"]:
         raise ValueError("use_safetensors=False: wanted True, because other files are unpickled")
@@ -152,8 +153,8 @@ def _load(name: str | Path, revision: str | None, options: dict[str, Any]) -> tu
         if not (path / "model_index.json").is_file():
             return diffusers.UNet2DModel.from_pretrained(path, **options), None
     elif isinstance(name, Path) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        raise FileNotFoundError(f"{name}: no such folder, and no hub id such as 'google/ddpm-cifar10-32'")
-    pipeline = diffusers.DDPMPipeline.from_pretrained(name, revision=revision, **options)
+        raise FileNotFoundError(f"{path}: no such folder, and no hub id such as 'google/ddpm-cifar10-32'")
+    pipeline = diffusers.DDPMPipeline.from_pretrained(path if path.is_dir() else name, revision=revision, **options)
     return pipeline.unet, pipeline.scheduler
 
 

@@ -55,6 +55,7 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], info: Mapping[str, st
 
     Raises FloatingPointError for a NaN or an infinity, OSError if it can't be written; the old file then stays.
     """
+    path = _validate.path("path", path)
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     check_finite(path, tensors)
     packed = memoryview(save(tensors))
@@ -65,7 +66,7 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], info: Mapping[str, st
     with atomic(path) as partial, open(partial, "wb") as file:
         file.write(_header_bytes(fields, info, f"{zlib.crc32(blank):08x}" + after))
         file.write(data)
-    return Path(path)
+    return path
 
 
 def _header_bytes(fields: Mapping[str, Any], info: Mapping[str, str], checksum: str) -> bytes:
@@ -85,7 +86,7 @@ def read(
     check: called with the header before the tensors are read, to raise ValueError if it is not what is wanted.
     Raises FileNotFoundError, or ValueError for a file that is truncated, corrupt, not ours or of another kind.
     """
-    path = Path(path)
+    path = _validate.path("path", path)
     with _opened(path) as file:
         text, header = _header(path, file, kind)
         if check is not None:
@@ -108,7 +109,7 @@ def read(
 
 def read_info(path: str | Path, kind: str | None = None) -> dict[str, str]:
     """The text alone of what `write` made; errors as `read`'s, but the tensors are not looked at."""
-    path = Path(path)
+    path = _validate.path("path", path)
     with _opened(path) as file:
         info = _header(path, file, kind)[1].info
     return info if "checksum" in info else read(path, kind)[1]  # older files have one checksum for everything
@@ -116,7 +117,7 @@ def read_info(path: str | Path, kind: str | None = None) -> dict[str, str]:
 
 def exists(path: str | Path) -> bool:
     """Whether there is a file for `read`."""
-    return Path(path).is_file()
+    return _validate.path("path", path).is_file()
 
 
 @contextmanager
@@ -257,6 +258,7 @@ def load_model(path: str | Path) -> tuple[Denoiser | Generator, dict[str, Any]]:
     Raises FileNotFoundError, or ValueError, naming the file, for one that is corrupt, holds something else, or whose
     recipe does not make a network of just its tensors; that is found out before the network takes any memory.
     """
+    path = _validate.path("path", path)
     network, recipe, kind = load_network(path, ("denoiser", "generator"), _build)
     with malformed(path):
         info = dict(recipe["info"])
@@ -282,6 +284,7 @@ def load_network(
 ) -> tuple[M, dict[str, Any], str]:
     """(`build(recipe["network"])` with the file's weights, its recipe, its kind), for a file of one of the kinds whose
     text "recipe" is a JSON object. ValueError, naming the file, for anything else, before memory is taken."""
+    path = _validate.path("path", path)
     recipe: dict[str, Any] = {}
 
     def check(header: Header) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from minidistill import _validate
+
 try:
     import fcntl
 except ImportError:  # Windows: nothing is locked there, and what a killed writer left is not cleaned up
@@ -28,7 +30,7 @@ _held: set[int] = set()  # descriptors of this process's locks
 
 def writable(path: str | Path) -> Path:
     """The path, its folder made; OSError now if a file can't be written there, not after an hour's training."""
-    path = Path(path)
+    path = _validate.path("path", path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; wanted a file's name")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +44,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """A new, empty file beside `path`, moved onto it when the block ends well and removed when it does not: readers
     see the old file or the new one, never a part, however many write at once. What is there after the block outlives a
     power cut. Files that killed writers left half done are removed."""
-    path = Path(path)
+    path = _validate.path("path", path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _clean(path)
     partial, descriptor = _partial(path)
@@ -106,7 +108,7 @@ def hold(folder: str | Path, name: str = "") -> Iterator[None]:
     Raises BlockingIOError, in one line that names the other, if another run has it; OSError if the folder can't be
     written.
     """
-    folder = Path(folder)
+    folder = _validate.path("folder", folder)
     fresh = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / (f".lock-{name}" if name else ".lock")

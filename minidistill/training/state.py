@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from minidistill import _validate
 from minidistill.training import checkpoints, parallel
 from minidistill.training.checkpoints import Header
 from minidistill.training.plain import plain
@@ -80,7 +81,7 @@ def progress_of(path: str | Path) -> dict[str, Any]:
     """How far the run saved there is: "step", "history", "skipped"; step 0 if there is no such file."""
     if not checkpoints.exists(path):
         return {"step": 0, "history": [], "skipped": 0}
-    return _meta(path, checkpoints.read_info(path, kind="training"))
+    return _meta(_validate.path("path", path), checkpoints.read_info(path, kind="training"))
 
 
 def load_state(path: str | Path, state: State) -> None:
@@ -89,6 +90,7 @@ def load_state(path: str | Path, state: State) -> None:
     On a device of another type than the run began on, its random numbers begin anew; a warning says so.
     Raises ValueError, before anything is changed, for a corrupt or malformed file, another architecture or config.
     """
+    path = _validate.path("path", path)
     meta: dict[str, Any] = {}
 
     def check(header: Header) -> None:

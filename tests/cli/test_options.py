@@ -13,9 +13,10 @@ import torch
 
 from minidistill import __version__, bench
 from minidistill.cli import main, program
+from minidistill.distributions import GaussianMixture
 from minidistill.metrics import evaluation, features
 from minidistill.networks import MLP, Denoiser, Generator
-from minidistill.studies import quickstart, sweep
+from minidistill.studies import cifar10, quickstart, sweep
 from minidistill.training import checkpoints, generator_on
 from tests.helpers import small_denoiser
 
@@ -25,6 +26,13 @@ ROOT = Path(__file__).parents[2]
 def commands():
     parser = program._parser()
     return next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction)).choices
+
+
+def asked(*words):
+    """What a command is given."""
+    arguments = program._parser().parse_args(words)
+    arguments.argv = list(words)
+    return arguments
 
 
 @pytest.fixture
@@ -111,12 +119,15 @@ def test_help_of_the_script_that_executes_notebooks():
     "evaluate points.safetensors --features inception", "evaluate points.safetensors --root x",
     "evaluate points.safetensors --teacher digits.safetensors", "evaluate ring --features inception",
     "evaluate digits.safetensors --teacher digits.safetensors", "evaluate digits.safetensors --root x",
-    "bench unet --seed 3", "sweep --device cuda:0", "train --solver heun",
+    "bench unet --seed 3", "sweep --device cuda:0", "cifar10 --data digits --subset 10",
+    "cifar10 --data digits --batches 1,2", "cifar10 --batches 1,2 --subset 10", "cifar10 --critic-steps 2",
+    "cifar10 --stage evaluate --critic-steps 2", "cifar10 --stage evaluate --learning-rate 1e-3", "train --solver heun",
 ])
 def test_an_option_that_would_be_dropped_is_refused(request_, models, capsys, monkeypatch):
     monkeypatch.setattr(program, "_device", lambda name: name)
     monkeypatch.setitem(bench.BENCHES, "unet", lambda short: pytest.fail("it ran"))
     monkeypatch.setattr(sweep, "sweep", lambda *arguments, **options: pytest.fail("it ran"))
+    monkeypatch.setattr(cifar10, "_images", lambda settings: pytest.fail("it ran"))
     words = request_.split()
     if words == ["train", "--solver", "heun"]:  # argparse's own refusal
         with pytest.raises(SystemExit, match="2"):
@@ -158,6 +169,35 @@ def test_a_students_teacher_is_measured_by_the_solver(models, capsys):
                  "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["calls"] for row in rows] == [4, 1]
+
+
+def test_a_model_is_brought_to_the_device(models, capsys, monkeypatch):
+    """Mixtures too, whether a solver is asked for or not; the random numbers are those of the CPU everywhere."""
+    seen = []
+    for kind in (GaussianMixture, Denoiser, Generator):
+        monkeypatch.setattr(kind, "to", lambda self, device, own=kind.to: seen.append(device) or own(self, device))
+    for model, more in (("ring", []), ("ring", ["--levels", "2"]), ("points.safetensors", ["--levels", "2"]),
+                        ("points-student.safetensors", [])):
+        for command in (["sample", model, "--out", "x.safetensors"], ["evaluate", model]):
+            seen.clear()
+            assert main([*command, "--n", "20", *more]) == 0
+            assert torch.device("cpu") in seen
+
+
+def test_a_target_of_another_shape_is_refused_before_anything_is_drawn(models, capsys, monkeypatch):
+    for name in ("sample_teacher", "sample_student"):
+        monkeypatch.setattr(evaluation, name, lambda *arguments, **options: pytest.fail("it drew"))
+    for model, target in (("digits.safetensors", "ring"), ("digits-student.safetensors", "grid"), ("ring", "digits"),
+                          ("points.safetensors", "digits")):
+        assert "the model's samples has shape" in refused(capsys, "evaluate", model, "--target", target)
+
+
+def test_how_many_samples_a_picture_shows(models, capsys):
+    for words, said in ((["digits.safetensors", "--n", "130"], "the first 100 of 130 samples in x.png"),
+                        (["digits.safetensors", "--n", "30"], "30 samples in x.png"),
+                        (["ring", "--n", "4000"], "4000 samples in x.png")):
+        assert main(["sample", *words, "--out", "x.png", *(["--levels", "2"] if words[0] != "ring" else [])]) == 0
+        assert capsys.readouterr().out.strip() == said
 
 
 def test_calls_are_counted():
@@ -232,6 +272,7 @@ def test_a_tilde_in_a_path_is_the_home_folder(models, monkeypatch):
     assert main(["evaluate", "ring", "--n", "50", "--out", "~/e.json"]) == 0
     assert (home / "e.json").is_file()
     assert main(["train", "--data", "cifar10", "--root", "~/nothing"]) == 2
+    assert cifar10.Settings.of(asked("cifar10", "--weights", "~/w")).weights == home / "w"
     assert not (models / "~").exists()
 
 

@@ -122,7 +122,7 @@ def test_a_student_leaves_everything_behind(folder):
     student, info = checkpoints.load_model(folder / "student_sim.safetensors")
     assert isinstance(student, Generator)
     assert info["objective"] == "sim"
-    for name in ("student_sim_panel.png", "grid_teacher.png", "grid_sim.png", "nearest.png"):
+    for name in ("student_sim_panel.png", "grid_teacher.png", "grid_sim.png", "nearest.png", "teacher_and_student.png"):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG"
     assert record["curve"][-1]["score_gap"] >= 0
     assert record["curve"][-1]["frechet"] > 0

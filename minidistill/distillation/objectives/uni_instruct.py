@@ -19,9 +19,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from minidistill._autodiff import derivative
 from minidistill.distillation.batch import Batch, dmd_scale, no_weights, per_sample
 from minidistill.distillation.objective import Terms
 from minidistill.distillation.objectives.matching import fake_loss, ratio_loss, steady_log_ratio
@@ -59,7 +59,7 @@ class UniInstruct(Terms):
             scale = dmd_scale(batch.x0, teacher_x0, batch.sigma_data).flatten()
         log_h = self.divergence.log_weight(log_r)
         # r h' / h, the slope of log h in log r
-        slope = torch.func.grad(lambda l: self.divergence.log_weight(l).sum())(log_r)
+        slope = derivative(self.divergence.log_weight, log_r)
         h = log_h.exp()
         if self.normalise:
             scale = scale / h.detach().mean()
