@@ -20,13 +20,13 @@ from minidistill.distributions import MIXTURES
 from minidistill.metrics import features
 from minidistill.metrics.classifier import CIFAR10_WEIGHTS
 from minidistill.networks import unet
-from minidistill.studies import cifar10, classifier, quickstart, sweep
+from minidistill.studies import cifar10, classifier, digits, quickstart, sweep
 from minidistill.training import Terminated, files, parallel
 
 __all__ = ["PLACES", "RUNS", "main", "run"]
 
 PLACES = ("out", "root", "data", "target", "teacher", "model")  # options that are paths, or may be
-RUNS = ("quickstart", "train", "distill", "cifar10", "sweep")  # each has its --out, a folder, to itself
+RUNS = ("quickstart", "train", "distill", "cifar10", "sweep", "digits")  # each has its --out, a folder, to itself
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -183,6 +183,8 @@ def _parser() -> argparse.ArgumentParser:
          "cifar10 --stage teacher --minutes 9", "runs/cifar10"),
         (sweep, sweep.command, "The long experiments of notebooks 09 and 10, over several seeds.",
          "sweep --studies ring --seeds 2", "runs/sweep"),
+        (digits, digits.command, "Every objective on 8x8 digits, over several seeds: the table of notebook 15.",
+         "digits --seeds 1", "runs/digits"),
         (classifier, classifier.command, "Train the CIFAR-10 classifier that judges images.", "classifier --steps 100",
          str(CIFAR10_WEIGHTS)),
     ):

@@ -3,6 +3,8 @@
     quickstart.py   the two-minute tour: a ring and real digits, distilled to one step
     cifar10.py      the run book: teacher and students on CIFAR-10, within minutes of a GPU or hours of a laptop
     sweep.py        the long experiments of the notebooks on objectives, over several seeds
+    digits.py       every objective on real digits, over several seeds
+    rows.py         how the last two keep their rows
     classifier.py   the stored CIFAR-10 classifier, made again
     spawned.py      what their worker processes must not do
 """

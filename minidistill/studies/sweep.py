@@ -1,25 +1,22 @@
 """The long experiments of notebooks 09 and 10, over several seeds: `minidistill sweep --out figures/sweep`.
 
-A study is a set of trials, ways to distil that differ in one thing. Two worker processes share the runs, and after each
-one its row is in results.json, so a sweep that was stopped goes on where it was. Samples of seed 0 are kept too, to be
-looked at. The notebooks draw what is there.
+A study is a set of trials, ways to distil that differ in one thing. How rows are kept is in `rows.py`; a sweep that was
+stopped goes on where it was. The notebooks draw what is there.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import copy
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import as_completed
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from minidistill import _validate, divergences, metrics, training
 from minidistill._random import seeded
@@ -38,17 +35,16 @@ from minidistill.distillation import (
     draw,
 )
 from minidistill.distributions import GaussianMixture, grid, ring
+from minidistill.metrics import evaluation
 from minidistill.networks import MLP, Denoiser, Discriminator, Generator
-from minidistill.studies import cifar10
-from minidistill.studies.spawned import main_hidden
+from minidistill.studies import rows
 from minidistill.teachers import train_denoiser
 from minidistill.teachers.closed_form import EmpiricalTeacher
-from minidistill.training import checkpoints, parallel
 
 __all__ = [
-    "BARE_L2", "FROM_SIM", "KEPT", "N", "RADIUS", "STEPS", "STUDIES", "TARGETS", "RatioQuality", "Stored", "Trial",
-    "collapsed", "command", "critic_gap", "displaced", "every_objective", "learn_ratio", "measure", "narrow",
-    "no_fake", "options", "ratio_quality", "read", "run", "student", "sweep", "without",
+    "BARE_L2", "FROM_SIM", "KEPT", "N", "RADIUS", "STEPS", "STUDIES", "TARGETS", "Learned", "RatioQuality", "Trial",
+    "collapsed", "command", "critic_gap", "displaced", "every_objective", "from_the_teacher", "learn", "learn_ratio",
+    "measure", "narrow", "no_fake", "options", "ratio_quality", "read", "run", "student", "sweep", "without",
 ]
 
 #: Equal Gaussians on a ring; the same, the first four times as heavy; 25 on a lattice, the heaviest of which weigh four
@@ -106,23 +102,18 @@ class Trial:
     truth: str = ""  # what the student is measured against, and where real samples come from; "": the teacher's
     steps: int = STEPS
     sim: int = 0  # so many of the steps are SIM's, first
-    start: Callable[[GaussianMixture, int], Generator] = student
+    start: Callable[[GaussianMixture, int], Generator] | None = student  # None: a copy of the learned teacher
     learned: int = 0  # steps that a denoiser is trained for, on samples of the teacher, to take its place
     options: dict[str, Any] = field(default_factory=dict)
 
 
 def every_objective(teacher: str) -> dict[str, Trial]:
-    """Every one with a fake network. All have the same settings but two, which take 5/3 of the steps, since they are
-    cheap or slow.
-
-    dmd: more pairs and a heavier regression than by default.
-    sid: alpha = 1.2 needs a student that is near the data already, as one is that starts from a teacher's weights;
-        so the first quarter of its run is SIM's.
+    """Every one with a fake network. All have the same settings but `dmd`, which is cheap: 5/3 of the steps, more pairs
+    and a heavier regression than by default.
     """
     longer = STEPS * 5 // 3
     trials = {name: Trial(name, teacher) for name, rule in OBJECTIVES.items() if Needs.of(rule).fake}
     trials["dmd"] = Trial(DMD(weight=4.0, needs_pairs=8192), teacher, steps=longer)
-    trials["sid"] = Trial("sid", teacher, steps=longer, sim=longer // 4, options={"learning_rate": 1e-3})
     return trials
 
 
@@ -131,6 +122,16 @@ def no_fake(teacher: str) -> dict[str, Trial]:
     longer, large = STEPS * 5 // 3, {"batch_size": 512, "ema_halflife": 50_000}
     return {"drifting": Trial("drifting", teacher, steps=longer, options=large),
             "regression": Trial("regression", teacher, steps=longer)}
+
+
+def from_the_teacher(teacher: str) -> dict[str, Trial]:
+    """The score-implicit family where its papers have it: a trained teacher, and students that start from its weights.
+    All with the same five critic steps and rate, those of `sid`."""
+    rules: dict[str, str | Objective] = {"sim": "sim", "sid, alpha 0.5": ScoreIdentity(0.5)}
+    rules |= {"sid, alpha 1": ScoreIdentity(1.0), "sid, alpha 1.2": ScoreIdentity(1.2)}
+    slow = {"critic_steps": 5, "learning_rate": 5e-4}
+    return {name: Trial(rule, teacher, steps=500, start=None, learned=3000, options=slow)
+            for name, rule in (rules | {"sida": "sida", "uni_instruct": "uni_instruct"}).items()}
 
 
 def without(**off: Any) -> Trial:
@@ -174,6 +175,7 @@ STUDIES: dict[str, dict[str, Trial]] = {
     "displaced": {name: Trial(name, start=displaced) for name in
                   ("reverse_kl", "forward_kl", "jensen_shannon", "sim", "sim_l2", "fisher")},
     "bare": {"sim_l2": Trial(BARE_L2)},
+    "from the teacher, ring": from_the_teacher("ring"), "from the teacher, lattice": from_the_teacher("lattice"),
     "learned teacher": {name: Trial(name, learned=3000) for name in ("reverse_kl", "jensen_shannon", "sim")},
     "capacity": {"16 units": Trial("reverse_kl", start=narrow)},
     "calls": {"2": Trial("reverse_kl", options={"student_levels": (0.4,)}),
@@ -183,6 +185,23 @@ STUDIES: dict[str, dict[str, Trial]] = {
 
 # ---------------------------------------------------------------------------------- one run and its numbers
 
+class Learned(NamedTuple):
+    teacher: Denoiser
+    kl: float  # of its samples in 35 calls
+
+
+@lru_cache(maxsize=1)
+def learn(target: str, steps: int, seed: int) -> Learned:
+    """A denoiser of the students' size, but smooth, trained on 20,000 samples of a target."""
+    exact = TARGETS[target]
+    with seeded(seed):
+        network = MLP(exact.shape, hidden=128, depth=6)
+    data = exact.sample(20_000, torch.Generator().manual_seed(seed))
+    teacher = train_denoiser(data, network, steps=steps, seed=seed, progress=False)
+    samples, _ = evaluation.sample_teacher(teacher, N, seed=1000 + seed, progress=False)
+    return Learned(teacher, metrics.kl_on_grid(exact, samples))
+
+
 def run(study: str, name: str, seed: int, at_most: int | None = None) -> dict[str, Any]:
     """Distil as a trial says, and measure the student; `at_most` bounds the steps of every part."""
     trial = STUDIES[study][name]
@@ -190,10 +209,15 @@ def run(study: str, name: str, seed: int, at_most: int | None = None) -> dict[st
         trial = replace(trial, **{part: min(getattr(trial, part), at_most) for part in ("steps", "sim", "learned")})
     exact, truth = TARGETS[trial.teacher], TARGETS[trial.truth or trial.teacher]
     teacher: Any = exact
-    if trial.learned:
+    more: dict[str, float] = {}
+    if trial.start is None:
+        teacher, more["teacher_kl"] = learn(trial.teacher, trial.learned, seed)
+    elif trial.learned:
         data = exact.sample(20_000, torch.Generator().manual_seed(seed))
         teacher = train_denoiser(data, steps=trial.learned, seed=seed, progress=False)
-    generator, start = trial.start(exact, seed), time.process_time()
+    generator = Generator(copy.deepcopy(teacher), 1.5 * teacher.sigma_data) if trial.start is None else trial.start(
+        exact, seed)
+    start = time.process_time()
     options: dict[str, Any] = {"seed": seed, "progress": False}
     if trial.truth or trial.learned:
         options["data"] = truth.sample(100_000, torch.Generator().manual_seed(seed))
@@ -203,7 +227,7 @@ def run(study: str, name: str, seed: int, at_most: int | None = None) -> dict[st
     made = distill(teacher, generator, trial.objective, steps=steps, **(options | trial.options))
     seconds = time.process_time() - start  # of one thread, whatever else runs beside it
     return {"study": study, "name": name, "seed": seed, "steps": trial.steps, "n": N, "seconds": round(seconds, 1),
-            **measure(made, truth, seed)}
+            **more, **measure(made, truth, seed)}
 
 
 def measure(made: Distilled, truth: GaussianMixture, seed: int) -> dict[str, Any]:
@@ -268,40 +292,9 @@ def learn_ratio(loss: Callable[[Batch], Tensor], p: GaussianMixture, q: Gaussian
 
 # ---------------------------------------------------------------------------------- all of them
 
-@dataclass(frozen=True)
-class Stored:
-    """What a sweep left in a folder."""
-
-    about: dict[str, Any]  # hardware, torch, workers
-    rows: list[dict[str, Any]]
-    points: dict[str, Any]
-
-    def runs(self, study: str, name: str, key: str) -> list[float]:
-        """One number of every seed's run, in the order of seeds; none if there are no runs."""
-        return [row[key] for row in self.rows if (row["study"], row["name"]) == (study, name)]
-
-    def median(self, study: str, name: str, key: str) -> float:
-        return float(np.median(self.runs(study, name, key)))
-
-    def samples(self, study: str, name: str) -> Tensor:
-        """Of seed 0, (1000, 2)."""
-        return torch.from_numpy(self.points[f"{study}: {name}"].astype(np.float32))
-
-
-def read(folder: str | Path) -> Stored:
+def read(folder: str | Path) -> rows.Stored:
     """The rows and samples in a folder. FileNotFoundError, which says where to get them, if they are not there."""
-    folder = _validate.path("folder", folder)
-    if not (folder / "results.json").is_file():
-        raise FileNotFoundError(f"{folder / 'results.json'}: no such file; take figures/sweep from the project's "
-                                "repository, beside its folder tutorials, or make it: minidistill sweep --out FOLDER")
-    return _so_far(folder)
-
-
-def _so_far(folder: Path) -> Stored:
-    """The rows and samples in a folder; none if there are no files yet."""
-    file, pictures = folder / "results.json", folder / "samples.npz"
-    about = json.loads(file.read_text()) if file.exists() else {"rows": []}
-    return Stored(about, about.pop("rows"), dict(np.load(pictures)) if pictures.exists() else {})
+    return rows.read(folder, "sweep")
 
 
 def sweep(
@@ -309,29 +302,8 @@ def sweep(
 ) -> None:
     """All runs, with the seeds `first`, `first` + 1, ..., that `out` does not have yet, its rows and samples being kept
     after each."""
-    out = _validate.path("out", out)
-    file, pictures, stored = checkpoints.writable(out / "results.json"), out / "samples.npz", _so_far(out)
-    rows, points = stored.rows, stored.points
-    have = {(row["study"], row["name"], row["seed"]) for row in rows}
-    jobs = [job for study in studies for seed in range(first, first + seeds) for name in STUDIES[study]
-            if (job := (study, name, seed)) not in have]
-    order = {key: i for i, key in enumerate((study, name) for study in STUDIES for name in STUDIES[study])}
-    about = {"hardware": cifar10.hardware("cpu"), "torch": torch.__version__, "workers": workers}
-    with parallel.workers(workers, torch.set_num_threads, (1,)) as pool:
-        with main_hidden():
-            futures = [pool.submit(run, *job, at_most) for job in jobs]
-        for future in tqdm(as_completed(futures), total=len(jobs), desc="sweep", unit="run"):
-            row = future.result()
-            samples = row.pop("samples")
-            if row["seed"] == 0:
-                points[f"{row['study']}: {row['name']}"] = samples.astype(np.float16)
-                with checkpoints.atomic(pictures) as path, path.open("wb") as stream:
-                    np.savez_compressed(stream, **points)
-            rows.append(row)
-            rows.sort(key=lambda row: (order[row["study"], row["name"]], row["seed"]))
-            lines = ",\n".join(json.dumps(row) for row in rows)
-            with checkpoints.atomic(file) as path:
-                path.write_text(f'{json.dumps(about)[:-1]}, "rows": [\n{lines}\n]}}\n')
+    names = {study: list(trials) for study, trials in STUDIES.items()}
+    rows.collect(out, partial(run, at_most=at_most), names, studies, range(first, first + seeds), workers)
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -341,10 +313,11 @@ def options(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(STUDIES)} (default all)")
     add("--seeds", type=int, default=5, help="runs of each trial, with seeds --seed, --seed + 1, ...")
     add("--at-most", type=int, metavar="STEPS", help="a bound on the steps of a run, for a first try (default none)")
+    add("--workers", type=int, default=2, help="processes that share the runs, of one thread each")
 
 
 def command(a: argparse.Namespace) -> None:
     """`minidistill sweep`."""
     if a.device != "cpu":
         raise ValueError(f"--device {a.device}: its small networks run on the CPU; wanted the command without it")
-    sweep(a.out, a.studies, a.seeds, a.at_most, first=a.seed)
+    sweep(a.out, a.studies, a.seeds, a.at_most, first=a.seed, workers=_validate.whole("--workers", a.workers))

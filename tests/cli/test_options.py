@@ -220,8 +220,8 @@ def test_bench_and_sweep_use_what_they_are_given(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(program, "_device", lambda name: name)
     assert main(["bench", "unet", "--out", str(tmp_path / "rows.json"), "--device", "cuda:0"]) == 0
     assert json.loads((tmp_path / "rows.json").read_text()) == [row]
-    assert main(["sweep", "--seed", "7", "--out", str(tmp_path / "sweep")]) == 0
-    assert seen == {"device": "cuda:0", "first": 7}
+    assert main(["sweep", "--seed", "7", "--workers", "1", "--out", str(tmp_path / "sweep")]) == 0
+    assert seen == {"device": "cuda:0", "first": 7, "workers": 1}
 
 
 # 0 is a value.

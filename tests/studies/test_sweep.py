@@ -134,7 +134,7 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
             return future
 
     monkeypatch.setattr(sweep, "run", run)
-    monkeypatch.setattr(sweep.parallel, "workers", Here)
+    monkeypatch.setattr(sweep.rows.parallel, "workers", Here)
     sweep.sweep(tmp_path, ["alpha"], seeds=1, at_most=2)
     sweep.sweep(tmp_path, ["capacity", "alpha"], seeds=2, at_most=2)
     assert len(done) == len(set(done)) == 10

@@ -1,0 +1,149 @@
+"""Every objective on real 8x8 digits, from one teacher: `minidistill digits --out figures/digits`.
+
+Each student starts as a copy of the same trained teacher and gets the same steps, batches, rates and noise levels;
+nothing is tuned for any. Critic steps are the objective's own where it asks for some, else two. Fréchet distance,
+precision and recall are measured as everywhere (`metrics.evaluation`), and stored as those of `sweep.py` are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from minidistill import _validate, data
+from minidistill._random import seeded
+from minidistill.distillation import OBJECTIVES, Batch, Needs, Objective, Terms, diagnose, distill, draw
+from minidistill.distillation.batch import dmd_scale, per_sample
+from minidistill.distillation.objectives import fake_loss
+from minidistill.metrics import evaluation, features, frechet_distance
+from minidistill.networks import MLP, Denoiser, Generator
+from minidistill.studies import rows
+from minidistill.teachers import train_denoiser
+from minidistill.training import checkpoints
+
+__all__ = [
+    "N", "STEPS", "STUDIES", "TEACHER_STEPS", "PartlyFrozen", "command", "digits", "options", "read", "run", "settings",
+    "teacher_of",
+]
+
+TEACHER_STEPS, STEPS = 2500, 1000
+N, KEPT = 4000, 100  # samples that are measured, and of those kept for pictures: ten of each class
+
+
+@dataclass(frozen=True)
+class PartlyFrozen(Terms):
+    """`sim_l2` without the gradient through one of its two parts: the gap y = D_q - D_p, or D_q in the residual. With
+    both frozen it has reverse KL's gradient."""
+
+    frozen: str  # "y" or "D_q"
+
+    def critic_loss(self, batch: Batch) -> Tensor:
+        return fake_loss(batch)
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        teacher_x0, fake_x0 = batch.denoise_both(batch.xt)
+        y, scale = fake_x0 - teacher_x0, dmd_scale(batch.x0, teacher_x0, batch.sigma_data)
+        y, fake_x0 = (y.detach(), fake_x0) if self.frozen == "y" else (y, fake_x0.detach())
+        return {"implicit": -2 * per_sample(scale * y * (fake_x0 - batch.x0)) / batch.sigma_data**2}
+
+
+#: "start" is what every student is before its first step, one call of the teacher.
+STUDIES: dict[str, dict[str, str | Objective | None]] = {
+    "objectives": {"start": None, **{name: name for name in OBJECTIVES}},
+    "frozen": {f"only {part} frozen": PartlyFrozen(part) for part in ("y", "D_q")},
+}
+
+
+def teacher_of(folder: str | Path, steps: int = TEACHER_STEPS) -> Denoiser:
+    """The teacher of the digits in a folder, by class; trained if it is not there yet (half a minute), and kept."""
+    file = _validate.path("folder", folder) / "teacher.safetensors"
+    if not file.exists():
+        images, labels = data.digits()
+        with seeded(0):
+            network = MLP((1, 8, 8), hidden=256, depth=4, n_classes=10)
+        made = train_denoiser(images, network, labels=labels, steps=steps, seed=0, progress=False)
+        checkpoints.save_model(file, made, half=True, data="digits", steps=steps, seed=0)
+    teacher = checkpoints.load_model(file)[0]
+    if not isinstance(teacher, Denoiser):
+        raise ValueError(f"{file} is a student; wanted a teacher there, or nothing")
+    return teacher
+
+
+def settings(teacher: Denoiser, objective: str | Objective, steps: int = STEPS) -> dict[str, Any]:
+    """What `distill` is given besides teacher and objective."""
+    images, labels = data.digits()
+    rule = OBJECTIVES[objective] if isinstance(objective, str) else objective
+    return {
+        "steps": steps, "batch_size": 128, "data": images, "labels": labels,
+        "critic_steps": Needs.of(rule).critic_steps or 2, "learning_rate": 5e-4, "critic_learning_rate": 1e-3,
+        "sigma_max": 3.5 * teacher.sigma_data, "ema_halflife": 50_000, "evaluate_every": max(1, steps // 8),
+    }
+
+
+@lru_cache(maxsize=1)
+def _judge() -> tuple[features.Extractor, Tensor]:
+    """What looks at the images, and its features of the real ones."""
+    judge = features.extractor("digits_classifier")
+    return judge, judge(data.digits()[0])
+
+
+def run(study: str, name: str, seed: int, folder: str, steps: int = STEPS) -> dict[str, Any]:
+    """Distil the folder's teacher by one objective, and measure the student beside it, both on the same noise."""
+    teacher, rule, (images, _) = teacher_of(folder), STUDIES[study][name], data.digits()
+    (judge, reference), start = _judge(), time.process_time()
+    row: dict[str, Any] = {"study": study, "name": name, "seed": seed, "steps": steps if rule else 0}
+    if rule is None:
+        student = Generator(copy.deepcopy(teacher), 1.5 * teacher.sigma_data)
+    else:
+        made = distill(
+            teacher, objective=rule, seed=seed, progress=False, **settings(teacher, rule, steps),
+            evaluate=lambda now: {"frechet": frechet_distance(judge(draw(now, N // 4)), reference)},
+        )
+        student, row["seconds"] = made.ema, round(time.process_time() - start, 1)  # of one thread
+        row["curve"] = [[past["step"], past["frechet"]] for past in made.history if "frechet" in past]
+        if made.fake is not None:
+            row["score_gap"] = diagnose(student, teacher, made.fake, sigma_data=teacher.sigma_data).score_gap
+    found = evaluation.compare(teacher, {name: student}, images, n=N, seed=1, features=judge, progress=False)
+    return row | found.rows[1] | {"seed": seed, "samples": found.samples[name][:KEPT].clamp(-1, 1).numpy()}
+
+
+def read(folder: str | Path) -> rows.Stored:
+    """The rows and samples in a folder. FileNotFoundError, which says where to get them, if they are not there."""
+    return rows.read(folder, "digits")
+
+
+def digits(
+    out: str | Path, studies: Sequence[str], seeds: int, steps: int = STEPS, workers: int = 2, first: int = 0
+) -> None:
+    """All runs, with the seeds `first`, `first` + 1, ..., that `out` does not have yet."""
+    out = _validate.path("out", out)
+    checkpoints.writable(out / "results.json")
+    teacher_of(out, min(TEACHER_STEPS, 2 * steps))
+    one, names = partial(run, folder=str(out), steps=steps), {study: list(trials) for study, trials in STUDIES.items()}
+    rows.collect(out, one, names, studies, range(first, first + seeds), workers)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """What may be asked of it on the command line, besides --out, --seed and --device."""
+    add = parser.add_argument
+    add("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), metavar="NAME",
+        help=f"{', '.join(STUDIES)} (default all)")
+    add("--seeds", type=int, default=3, help="runs of each objective, with seeds --seed, --seed + 1, ...")
+    add("--steps", type=int, default=STEPS, help="of every run")
+    add("--workers", type=int, default=2, help="processes that share the runs, of one thread each")
+
+
+def command(a: argparse.Namespace) -> None:
+    """`minidistill digits`."""
+    if a.device != "cpu":
+        raise ValueError(f"--device {a.device}: its small networks run on the CPU; wanted the command without it")
+    seeds, steps, workers = (_validate.whole(f"--{name}", getattr(a, name)) for name in ("seeds", "steps", "workers"))
+    digits(a.out, a.studies, seeds, steps, workers, first=a.seed)
