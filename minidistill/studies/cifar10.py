@@ -19,6 +19,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -184,15 +185,14 @@ def _stage_of_teacher(s: Settings, images: Tensor, labels: Tensor, speed: Speed,
         last[0] = total
         return {"images_total": total}
 
-    start = time.monotonic()
-    teachers.train_denoiser(
-        images, network, labels=labels, steps=ENDLESS // s.batch_size, batch_size=s.batch_size, hold=1.0,
-        flip=s.dataset == "cifar10", learning_rate=s.learning_rate or 1e-3,
-        warmup=max(1, 100_000 // s.batch_size) if s.device.startswith("cuda") else 100, ema_halflife=s.ema_halflife,
-        speed=speed, seed=s.seed + before, device=s.device, minutes=_minutes(until), callbacks=[export],
-        callback_every=s.every, checkpoint=s.state("teacher"), resume=True, checkpoint_every=s.every,
-    )
-    _keep(s, _record(s, "teacher", first, before, len(images), speed, start))
+    with _recorded(s, "teacher", first, before, len(images), speed):
+        teachers.train_denoiser(
+            images, network, labels=labels, steps=ENDLESS // s.batch_size, batch_size=s.batch_size, hold=1.0,
+            flip=s.dataset == "cifar10", learning_rate=s.learning_rate or 1e-3,
+            warmup=max(1, 100_000 // s.batch_size) if s.device.startswith("cuda") else 100, ema_halflife=s.ema_halflife,
+            speed=speed, seed=s.seed + before, device=s.device, minutes=_minutes(until), callbacks=[export],
+            callback_every=s.every, checkpoint=s.state("teacher"), resume=True, checkpoint_every=s.every,
+        )
 
 
 def _stage_of_student(s: Settings, images: Tensor, labels: Tensor, speed: Speed, until: float) -> None:
@@ -215,17 +215,16 @@ def _stage_of_student(s: Settings, images: Tensor, labels: Tensor, speed: Speed,
     def draw_panel(seen: Diagnosis) -> None:
         plotting.save(plotting.panel(seen).figure, s.out / f"{name}_panel.png")  # type: ignore[arg-type]
 
-    start = time.monotonic()
-    distill(
-        teacher, kept if isinstance(kept, Generator) else None, named, steps=ENDLESS // s.batch_size, data=images,
-        labels=labels, batch_size=s.batch_size, critic_steps=critic_steps, learning_rate=s.learning_rate or 3e-4,
-        critic_learning_rate=s.critic_learning_rate, sigma_init=s.sigma_init, sigma_max=s.sigma_max, hold=1.0,
-        flip=s.dataset == "cifar10", ema_halflife=s.ema_halflife, speed=speed, seed=s.seed + before, device=s.device,
-        minutes=_minutes(until), inspect=draw_panel, evaluate_every=s.every, callbacks=[export],
-        checkpoint=s.state(name), resume=True, checkpoint_every=s.every,
-    )
     about = {"objective": s.objective, "critic_steps": critic_steps, "teacher_images": teacher_images}
-    _keep(s, about | _record(s, name, first, before, len(images), speed, start))
+    with _recorded(s, name, first, before, len(images), speed, **about):
+        distill(
+            teacher, kept if isinstance(kept, Generator) else None, named, steps=ENDLESS // s.batch_size, data=images,
+            labels=labels, batch_size=s.batch_size, critic_steps=critic_steps, learning_rate=s.learning_rate or 3e-4,
+            critic_learning_rate=s.critic_learning_rate, sigma_init=s.sigma_init, sigma_max=s.sigma_max, hold=1.0,
+            flip=s.dataset == "cifar10", ema_halflife=s.ema_halflife, speed=speed, seed=s.seed + before,
+            device=s.device, minutes=_minutes(until), inspect=draw_panel, evaluate_every=s.every, callbacks=[export],
+            checkpoint=s.state(name), resume=True, checkpoint_every=s.every,
+        )
 
 
 def _stage_of_measuring(s: Settings, images: Tensor, end: float) -> None:
@@ -336,19 +335,27 @@ def _export(s: Settings, name: str, model: Any, **about: Any) -> None:
 # ---------------------------------------------------------------------------------- records
 
 
-def _record(
-    s: Settings, name: str, first: int, before: int, n_images: int, speed: Speed, start: float
-) -> dict[str, Any]:
-    done, seconds = training.progress_of(s.state(name)), time.monotonic() - start
-    images = (done["step"] - first) * s.batch_size
-    return {
-        "stage": "teacher" if name == "teacher" else "student", "size": s.size, "data": s.dataset,
-        "command": s.command, "hardware": hardware(s.device), "torch": torch.__version__, "preset": s.preset,
-        "patch": s.patch, "batch_size": s.batch_size, "training_images": n_images, "seconds": seconds, "images": images,
-        "images_total": before + done["step"] * s.batch_size, "images_per_second": images / seconds,
-        "speed": next(key for key, value in SPEEDS.items() if value == speed), "seed": s.seed,
-        "skipped": done["skipped"], "curve": _curve(done["history"], before),
-    }
+@contextmanager
+def _recorded(
+    s: Settings, name: str, first: int, before: int, n_images: int, speed: Speed, **about: Any
+) -> Iterator[None]:
+    """Append a record of the training inside to results.json, if it made a step: interrupted or not, it counts."""
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        done, seconds = training.progress_of(s.state(name)), time.monotonic() - start
+        images = (done["step"] - first) * s.batch_size
+        if images > 0:
+            _keep(s, about | {
+                "stage": "teacher" if name == "teacher" else "student", "size": s.size, "data": s.dataset,
+                "command": s.command, "hardware": hardware(s.device), "torch": torch.__version__, "preset": s.preset,
+                "patch": s.patch, "batch_size": s.batch_size, "training_images": n_images, "seconds": seconds,
+                "images": images, "images_total": before + done["step"] * s.batch_size,
+                "images_per_second": images / seconds,
+                "speed": next(key for key, value in SPEEDS.items() if value == speed), "seed": s.seed,
+                "skipped": done["skipped"], "curve": _curve(done["history"], before),
+            })
 
 
 def _curve(history: list[dict[str, float]], before: int, points: int = 60) -> list[dict[str, float]]:

@@ -160,8 +160,10 @@ def test_out_of_minutes_nothing_is_measured_and_all_else_is_there(tmp_path):
         assert checkpoints.load_model(tmp_path / f"{name}.safetensors")[1]["images"] > 0
 
 
-@pytest.mark.parametrize("stage", ["teacher", "student"])
-def test_killed_and_started_again(folder, tmp_path, stage):
+@pytest.mark.parametrize(("stage", "how"), [
+    ("teacher", signal.SIGKILL), ("student", signal.SIGKILL), ("student", signal.SIGTERM),
+])
+def test_killed_and_started_again(folder, tmp_path, stage, how):
     out, name = tmp_path / "out", {"teacher": "teacher", "student": "student_sim"}[stage]
     shutil.copytree(folder, out)
     for file in (*out.glob("student*"), *out.glob("state/student*"), *out.glob("results.json")):
@@ -175,8 +177,11 @@ def test_killed_and_started_again(folder, tmp_path, stage):
             time.sleep(0.05)
         time.sleep(0.5)
     finally:
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(how)
         process.wait()
+    if how == signal.SIGTERM:  # there is time for a line of what was done
+        (interrupted,) = results(out)
+        assert interrupted["images"] == 4 * (training.progress_of(state)["step"] - began)
     saved = training.progress_of(state)["step"]
     assert saved > began
     record = run(stage, out, "--checkpoint-images", "4")
