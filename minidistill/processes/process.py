@@ -61,10 +61,12 @@ class Process:
     def drift(self, t: Tensor) -> Tensor:
         """f(t) of dx = f(t) x dt + g(t) dW: f = d log alpha / dt (Kingma 2021, equation 5). ValueError where it is
         infinite, at alpha = 0."""
+        _validate.floats("t", t)
         return self._finite("drift", t, derivative(lambda u: self.alpha(u).log(), t))
 
     def diffusion(self, t: Tensor) -> Tensor:
         """g(t) of the same SDE: g^2 = d sigma^2 / dt - 2 f sigma^2. No linear SDE has any other g."""
+        _validate.floats("t", t)
         growth = derivative(self.variance or (lambda u: self.sigma(u).square()), t)
         g = (growth - 2 * self.drift(t) * self.sigma(t).square()).clamp(min=0).sqrt()
         return self._finite("diffusion", t, g)
@@ -118,6 +120,7 @@ class Process:
         error d in x0 is one of -d alpha / sigma in e (Salimans & Ho 2022, section 4, has eps and v). ValueError where
         it is infinite, as the noise's is at alpha = 0."""
         from_pair = _validate.choose("prediction", prediction, FROM_PAIR)
+        _validate.floats("t", t)
         alpha, sigma = self.alpha(t), self.sigma(t)
         squares = from_pair(torch.ones_like(t), -alpha / sigma, alpha, sigma, *self.rates(t)).square()
         return self._finite(f"weight of {prediction}", t, squares.reciprocal())

@@ -34,6 +34,7 @@ __all__ = [
 TIMEOUT = 180.0  # seconds that a process waits in an exchange for one that does not answer; see `start`
 _waiting_room: Any = None  # a group of its own, with gloo, for `meet`
 _launcher: int | None = None  # the process that started this one of several
+_patience: float | None = None  # the time-out that `start` was given
 
 
 def start(device: str | torch.device = "cpu", timeout: float | None = None) -> torch.device:
@@ -44,7 +45,7 @@ def start(device: str | torch.device = "cpu", timeout: float | None = None) -> t
     variable MINIDISTILL_TIMEOUT, else 180. Evaluations and saves on process 0 may take longer (`meet`).
     Raises ValueError if there are more processes than GPUs, and for a time-out that is no number > 0.
     """
-    global _launcher
+    global _launcher, _patience
     device = torch.device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
@@ -56,7 +57,8 @@ def start(device: str | torch.device = "cpu", timeout: float | None = None) -> t
         torch.cuda.set_device(device)
     if not distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, timeout=timedelta(seconds=_seconds(timeout)))
+        _patience = _seconds(timeout)
+        distributed.init_process_group(backend, timeout=timedelta(seconds=_patience))
         _launcher = os.getppid()
     meet()
     return device
@@ -77,10 +79,10 @@ def _seconds(timeout: float | None) -> float:
 
 def stop() -> None:
     """Leave the group, if there is one."""
-    global _waiting_room, _launcher
+    global _waiting_room, _launcher, _patience
     if distributed.is_initialized():
         distributed.destroy_process_group()
-    _waiting_room = _launcher = None
+    _waiting_room = _launcher = _patience = None
 
 
 def orphaned() -> bool:
@@ -89,13 +91,15 @@ def orphaned() -> bool:
 
 
 def meet() -> None:
-    """Wait, for up to a day, until all processes are here: where process 0 alone evaluates or saves, the others
-    would else give up waiting for it in their next exchange. Signals are noticed meanwhile."""
+    """Wait until all processes are here: where process 0 alone evaluates or saves, the others would else give up
+    waiting for it in their next exchange. So they wait for up to a day, and process 0, for which nobody does such
+    work, no longer than in any exchange. Signals are noticed meanwhile."""
     global _waiting_room
     if world() == 1:
         return
     if _waiting_room is None:
-        _waiting_room = distributed.new_group(backend="gloo", timeout=timedelta(days=1))
+        seconds = 86_400.0 if rank() else (_patience or _seconds(None))
+        _waiting_room = distributed.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
     arrived = distributed.barrier(_waiting_room, async_op=True)
     pause = 1e-4
     while not arrived.is_completed():  # Python's handlers run between two pauses, and not inside of a wait

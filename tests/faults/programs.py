@@ -3,6 +3,7 @@ that each begins within milliseconds."""
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -14,7 +15,7 @@ import torch._dynamo  # the first optimizer's step imports it, which takes secon
 from torch import distributed, nn
 
 from minidistill import training
-from minidistill.cli import main
+from minidistill.cli import main, program
 from minidistill.training import checkpoints, files, parallel
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -129,6 +130,17 @@ def slow_callback(file, seconds, timeout):
     training.fit(state, update, 12, progress=False, checkpoint=file, callbacks=[callback], callback_every=6)
     parallel.stop()
     return 0
+
+
+def stopped_on_its_way():
+    """Of two processes the second is stopped before they meet; the first's exit code."""
+    def go():
+        parallel.start()
+        if parallel.rank() == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        parallel.meet()
+
+    return program.run("minidistill", go)
 
 
 def launcher(folder, timeout, arguments):

@@ -4,7 +4,7 @@ import os
 import signal
 
 from minidistill import training
-from tests.faults.programs import ended, launcher, main, slow_callback, start, two_ranks, until
+from tests.faults.programs import ended, launcher, main, slow_callback, start, stopped_on_its_way, two_ranks, until
 
 TRAIN = ["train", "--data", "ring", "--steps", "100000", "--batch-size", "16", "--checkpoint-every", "20"]
 
@@ -50,6 +50,17 @@ def test_a_process_that_is_stopped_is_noticed(tmp_path, tally):
         ranks[1].kill()
         ranks[1].join()
     tally("SIGSTOP of one of two processes", 1, int(code == 0 or training.progress_of(state)["step"] % 20 != 0))
+
+
+def test_a_process_that_is_stopped_on_its_way_to_the_others_is_noticed(tmp_path, tally):
+    """The first does not wait for it as long as the others may wait for the first."""
+    ranks = two_ranks(tmp_path, 2, stopped_on_its_way)
+    try:
+        code = ended(ranks[0], tmp_path / "log0")
+    finally:
+        ranks[1].kill()
+        ranks[1].join()
+    tally("SIGSTOP before a meeting", 1, int(code != 2 or "minidistill: " not in (tmp_path / "log0").read_text()))
 
 
 def test_processes_do_not_outlive_their_launcher(tmp_path, times, tally):
