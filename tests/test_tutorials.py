@@ -186,3 +186,6 @@ def test_a_rewritten_notebook_is_for_reading(path):
     assert '"google.colab" in sys.modules' in code[0]
     assert "(glossary.md)" in prose
     assert "Predict, change, look" in prose
+    if "import figures" in "".join(code):  # a copy of the notebook alone takes them from the package
+        assert "from minidistill import tutorial_figures as figures" in "".join(code)
+        assert '"tutorials/figures.py" = "minidistill/tutorial_figures.py"' in (ROOT / "pyproject.toml").read_text()
