@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from torch import Tensor
 from minidistill import _validate
 from minidistill.distillation.diagnosis import Diagnosis
 from minidistill.distributions import GaussianMixture
+from minidistill.metrics import mode_coverage
 from minidistill.training import checkpoints
 
 __all__ = [
-    "PALETTE", "STUDENT", "TEACHER", "class_grid", "curves", "density", "dots", "field", "image_grid",
-    "labelled_rows", "panel", "save", "scatter", "use_theme",
+    "PALETTE", "STUDENT", "TEACHER", "arrows", "class_grid", "curves", "density", "dots", "field", "image_grid",
+    "labelled_rows", "panel", "save", "scatter", "shares", "side_by_side", "use_theme",
 ]
 
 #: Seaborn's colour-blind-safe palette; the same colour means the same thing in every figure.
@@ -93,6 +94,52 @@ def field(
     ax.quiver(p[:, 0], p[:, 1], v[:, 0], v[:, 1], color=color, width=0.004)
     ax.set_title(title)
     return _square(ax, 1.05 * float(np.abs(p).max(initial=0.0)) or 1.0)
+
+
+def arrows(
+    function: Callable[[Tensor], Tensor], ax: Axes | None = None, *, limit: float, n: int = 15, log: bool = False,
+    color: object = PALETTE[3], title: str = "", dtype: torch.dtype | None = None,
+) -> Axes:
+    """A vector field, (m, 2) -> (m, 2), as arrows on a lattice of n by n points within +-limit. Their lengths are to
+    scale, or with `log` in proportion to ln(1 + length), where long ones would hide the rest."""
+    line = torch.linspace(-limit, limit, _validate.whole("n", n, least=2), dtype=dtype)
+    points = torch.cartesian_prod(line, line)
+    with torch.no_grad():
+        vectors = function(points)
+    if log:
+        length = vectors.norm(dim=1, keepdim=True)
+        vectors = vectors / length.clamp(min=1e-12) * length.log1p()
+    return field(vectors, points, ax, color=color, title=title)
+
+
+def side_by_side(
+    samples: Mapping[str, Tensor], *, target: GaussianMixture | None = None, limit: float | None = None, n: int = 1000
+) -> list[Axes]:
+    """A row of scatter plots, each under its name, over the target's contours; a name that starts with "teacher" is
+    drawn in the teacher's colour."""
+    count = len(samples)
+    _, axes = plt.subplots(1, count, figsize=(3.8 * count, 4), layout="constrained", squeeze=False)
+    for ax, (name, drawn) in zip(axes[0], samples.items(), strict=True):
+        color = TEACHER if name.startswith("teacher") else STUDENT
+        scatter(drawn, ax, target=target, limit=limit, title=name, color=color, n=n)
+    for ax in axes[0][1:]:
+        ax.set_ylabel("")
+    return list(axes[0])
+
+
+def shares(target: GaussianMixture, samples: Mapping[str, Tensor], ax: Axes | None = None) -> Axes:
+    """What share of the samples is nearest to each of the target's modes: a bar for each set, and the true weights."""
+    ax = _axes(ax, (7, 4))
+    modes, width = np.arange(target.n_components), 0.8 / max(1, len(samples))
+    for i, (name, drawn) in enumerate(samples.items()):
+        color = TEACHER if name.startswith("teacher") else PALETTE[i % len(PALETTE)]
+        at = modes + width * (i - (len(samples) - 1) / 2)
+        ax.bar(at, _drawn(mode_coverage(target, drawn).shares), 0.93 * width, label=name, color=color)
+    ax.scatter(modes, _drawn(target.weights), s=220, marker="_", color="black", label="true weight", zorder=3)
+    ax.set(xlabel="mode", ylabel="share of samples", xticks=modes)
+    ax.set_ylim(0, 1.55 * ax.get_ylim()[1])
+    ax.legend(ncols=2, fontsize=9, loc="upper center")
+    return ax
 
 
 def curves(

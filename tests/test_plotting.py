@@ -154,3 +154,30 @@ def test_rows_and_columns_have_their_names():
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_arrows_lie_on_a_lattice():
+    ax = plotting.arrows(lambda x: -x, limit=2.0, n=5)
+    quiver = ax.collections[0]
+    assert len(quiver.get_offsets()) == 25
+    assert np.allclose(np.stack([quiver.U, quiver.V], 1), -quiver.get_offsets())
+    logarithmic = plotting.arrows(lambda x: 100 * x, limit=2.0, n=5, log=True).collections[0]
+    assert np.hypot(logarithmic.U, logarithmic.V).max() == pytest.approx(np.log1p(100 * np.hypot(2, 2)), rel=1e-5)
+
+
+def test_sets_stand_side_by_side():
+    samples = {"teacher, 35 calls": torch.zeros(5, 2), "student": torch.ones(2000, 2)}
+    axes = plotting.side_by_side(samples, target=ring(), n=100)
+    assert [ax.get_title() for ax in axes] == list(samples)
+    assert len(axes[1].collections[0].get_offsets()) == 100
+    colors = [tuple(ax.collections[0].get_facecolor()[0][:3]) for ax in axes]
+    assert colors == [tuple(plotting.TEACHER), tuple(plotting.STUDENT)]
+
+
+def test_shares_of_modes():
+    target = ring(4, weights=[1, 1, 2, 4])
+    samples = {"exact": target.means, "one mode": target.means[:1]}
+    ax = plotting.shares(target, samples)
+    heights = np.reshape([bar.get_height() for bar in ax.patches], (2, 4))
+    assert np.allclose(heights, [[0.25] * 4, [1, 0, 0, 0]])
+    assert np.allclose(ax.collections[0].get_offsets()[:, 1], target.weights)

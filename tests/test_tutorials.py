@@ -141,7 +141,8 @@ ANCHORS = re.findall(r'<a id="(.*?)"></a>', (TUTORIALS / "references.md").read_t
 
 
 def test_each_paper_has_one_anchor_a_title_and_a_link():
-    lines = [line for line in (TUTORIALS / "references.md").read_text(encoding="utf-8").splitlines() if line[:2] == "- "]
+    page = (TUTORIALS / "references.md").read_text(encoding="utf-8")
+    lines = [line for line in page.splitlines() if line.startswith("- ")]
     assert len(lines) == len(ANCHORS) == len(set(ANCHORS))
     for line, anchor in zip(lines, ANCHORS, strict=True):
         name = re.search(r"\*\*(.+?)\.\*\*", line).group(1)
@@ -159,7 +160,10 @@ def test_papers_that_are_cited_are_listed(path):
         assert found, f"{surname} {year} is not in references.md"
 
 
-@pytest.mark.parametrize("path", [*NEW, *sorted(TUTORIALS.glob("*.md")), ROOT / "README.md"], ids=lambda path: path.name)
+PAGES = [*NEW, *sorted(TUTORIALS.glob("*.md")), ROOT / "README.md"]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_links_lead_somewhere(path):
     text = "\n".join(_cells(path, "markdown")) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)\s]+(?:\([^)\s]*\))?[^)\s]*)\)", text):
@@ -182,3 +186,6 @@ def test_a_rewritten_notebook_is_for_reading(path):
     assert '"google.colab" in sys.modules' in code[0]
     assert "(glossary.md)" in prose
     assert "Predict, change, look" in prose
+    if "import figures" in "".join(code):  # a copy of the notebook alone takes them from the package
+        assert "from minidistill import tutorial_figures as figures" in "".join(code)
+        assert '"tutorials/figures.py" = "minidistill/tutorial_figures.py"' in (ROOT / "pyproject.toml").read_text()

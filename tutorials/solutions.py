@@ -1,6 +1,7 @@
 """Answers to the exercises; a function is named like its exercise and its check.
 
-`python solve.py NOTEBOOK` writes a copy of a notebook with these in the place of its stubs.
+`PREDICTIONS` answers each notebook's "Predict, change, look". `python solve.py NOTEBOOK COPY`
+writes a copy of a notebook with these functions in the place of its stubs.
 """
 
 import math
@@ -8,6 +9,25 @@ import math
 import torch
 
 from minidistill import score_matching as sm
+
+PREDICTIONS = {
+    "00": """At 2 a noised point says little about where it came from, so that the guesses fill a
+        disc inside the ring. At 0.3 all inputs 0.3 z lie near the centre, far from any data: the
+        guess is a mean of several modes, on a smaller ring, and heavy modes draw more. The samples
+        are on the ring in neither case. A denoiser is right for inputs that have the law of noised
+        data, and sigma z does not have it.""",
+    "01": """Euler's error falls by 2 with each doubling: it is of first order. Heun's falls by 4,
+        second order, for two calls a step; with 10 steps the two are not so far apart, since
+        neither is near its limit.""",
+    "02": """At 4 there is little to choose: the denoiser is nearly linear there, and easy for all
+        three. Between 0.1 and 2, where the modes take shape, the noise of the small levels spoils
+        "relative", and its samples are the worst. w = 1 hardly looks at small levels. EDM's weight
+        keeps the loss of every level at about 1, and has the best samples.""",
+    "02b": """The errors follow the variances of the gradients: the referee, then the mix, the exact
+        trace, the slices with variance reduction, LCSS, plain slices. Denoising and target come
+        last, each spoiled by one end of the range. Without the levels below 0.1 the target of
+        denoising is no longer so noisy, and it moves far up.""",
+}
 
 
 # 00_quickstart

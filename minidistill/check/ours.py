@@ -18,8 +18,8 @@ from minidistill.distillation.batch import dmd_scale
 from minidistill.distributions import GaussianMixture
 
 __all__ = [
-    "add_noise", "denoising_loss", "distillation_loop", "euler_step", "mixture_score", "one_call", "score_gap",
-    "training_loop", "tweedie",
+    "add_noise", "best_share", "denoising_loss", "distillation_loop", "euler_step", "mixture_score", "one_call",
+    "score_gap", "stein_trace", "training_loop", "tweedie",
 ]
 
 Denoise = Callable[..., Tensor]
@@ -92,7 +92,7 @@ def euler_step(denoiser: Denoise, x: Tensor, sigma: float, after: float) -> Tens
 
 def denoising_loss(denoiser: Denoise, x0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
     """|D(x0 + sigma noise, sigma) - x0|^2 / d, (n,)."""
-    return sm.denoising_loss(denoiser, x0, sigma, noise)
+    return (denoiser(add_noise(x0, sigma, noise), sigma) - x0).square().mean(1)
 
 
 def training_loop(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
@@ -101,5 +101,17 @@ def training_loop(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, 
     for _ in range(steps):
         value: Any = loss()
         training.optimizer_step(value, optimizer)
-        losses.append(float(value))
+        losses.append(value.item())
     return losses
+
+
+# ------------------------------------------------- 02b_more_losses
+
+def stein_trace(field: Callable[[Tensor], Tensor], x: Tensor, noise: Tensor, radius: float) -> Tensor:
+    """e . (s(x + r e) - s(x)) / r, (n,), whose mean is the trace of the field's Jacobian, up to O(r^2)."""
+    return (noise * (field(x + radius * noise) - field(x))).sum(1) / radius
+
+
+def best_share(target: float, denoising: float, covariance: float) -> float:
+    """The share of the first in the mix of two unbiased targets that varies least."""
+    return (denoising - covariance) / (target + denoising - 2 * covariance)

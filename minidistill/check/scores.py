@@ -80,10 +80,10 @@ def distillation_loop(f: Function) -> bool:
 
 
 def add_noise(f: Function) -> bool:
-    """01, exercise 1: f(x0, sigma, noise) is x0 (n, d) with noise (n, d) of the levels sigma (n,)."""
+    """01, exercise 2: f(x0, sigma, noise) is x0 (n, d) with noise (n, d) of the levels sigma (n,)."""
     x0, noise, sigma = points(6), points(6, seed=1), torch.tensor([0.1, 0.3, 0.5, 1.0, 2.0, 5.0])
     pair = torch.tensor([0.5, 3.0])
-    return report(1, f, [
+    return report(2, f, [
         ("no noise", (x0, 0 * sigma, noise), x0),
         ("many noise levels", (x0, sigma, noise), ours.add_noise(x0, sigma, noise)),
         ("two samples in the plane", (x0[:2], pair, noise[:2]), ours.add_noise(x0[:2], pair, noise[:2])),
@@ -94,7 +94,7 @@ def add_noise(f: Function) -> bool:
 
 
 def mixture_score(f: Function) -> bool:
-    """01, exercise 2: f(x, means, stds, weights) is the score of sum_k w_k N(mu_k, s_k^2 I)."""
+    """01, exercise 1: f(x, means, stds, weights) is the score of sum_k w_k N(mu_k, s_k^2 I)."""
     means, weights, x = torch.tensor([[-1.0, 0.0], [1.0, 0.5], [0.0, 2.0]]), torch.tensor([0.5, 0.3, 0.2]), points(6)
     cases: list[Case] = []
     for title, stds in (("equal stds", torch.full((3,), 0.7)), ("different stds", torch.tensor([0.4, 0.8, 1.5]))):
@@ -103,7 +103,7 @@ def mixture_score(f: Function) -> bool:
     def without_normaliser(x: Tensor, means: Tensor, stds: Tensor, weights: Tensor) -> Tensor:
         return ours.mixture_score(x, means, stds, weights * stds ** x.shape[1])
 
-    return report(2, f, cases, hints={
+    return report(1, f, cases, hints={
         "a Gaussian's density is divided by s^d, which no longer cancels": without_normaliser,
         "the weights w_k are part of the responsibilities":
             lambda x, m, s, w: ours.mixture_score(x, m, s, torch.ones_like(w)),
