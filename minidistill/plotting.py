@@ -25,7 +25,7 @@ from minidistill.training import checkpoints
 
 __all__ = [
     "PALETTE", "STUDENT", "TEACHER", "arrows", "class_grid", "curves", "density", "dots", "field", "image_grid",
-    "labelled_rows", "panel", "save", "scatter", "shares", "side_by_side", "use_theme",
+    "labelled_rows", "looks", "panel", "paths", "save", "scatter", "shares", "side_by_side", "use_theme",
 ]
 
 #: Seaborn's colour-blind-safe palette; the same colour means the same thing in every figure.
@@ -82,16 +82,18 @@ def scatter(
 
 
 def field(
-    vectors: Tensor, points: Tensor, ax: Axes | None = None, *, color: object = PALETTE[3], title: str = ""
+    vectors: Tensor, points: Tensor, ax: Axes | None = None, *, color: object = PALETTE[3], title: str = "",
+    to_scale: bool = False,
 ) -> Axes:
-    """Arrows: vectors (n, 2) at points (n, 2)."""
+    """Arrows: vectors (n, 2) at points (n, 2); `to_scale`, each ends at point + vector, on the axes' own scale."""
     ax = _axes(ax)
     _validate.samples("points", points, (2,))
     _validate.samples("vectors", vectors, (2,))
     if len(points) != len(vectors):
         raise ValueError(f"vectors has {len(vectors)} rows and points {len(points)}; wanted as many")
     p, v = _drawn(points), _drawn(vectors)
-    ax.quiver(p[:, 0], p[:, 1], v[:, 0], v[:, 1], color=color, width=0.004)
+    scale: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1} if to_scale else {}
+    ax.quiver(p[:, 0], p[:, 1], v[:, 0], v[:, 1], color=color, width=0.004, **scale)
     ax.set_title(title)
     return _square(ax, 1.05 * float(np.abs(p).max(initial=0.0)) or 1.0)
 
@@ -282,6 +284,32 @@ def panel(seen: Diagnosis, ax: Axes | None = None, *, columns: int = 12) -> Axes
     ax.tick_params(length=0)
     for spine in ax.spines.values():
         spine.set_visible(False)
+    return ax
+
+
+def looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """A colour and a marker for each name, for `styles` in `curves`: lines that look the same in several figures."""
+    markers = "os^DvPX<>h"
+    return {name: {"color": PALETTE[i % len(PALETTE)], "marker": markers[i % len(markers)], "linestyle": "-",
+                   "linewidth": 1.6, "markersize": 6} for i, name in enumerate(names)}
+
+
+def paths(
+    target: GaussianMixture, sigmas: Tensor, path: Tensor, ax: Axes | None = None, *, title: str = ""
+) -> Axes:
+    """Paths (m, n, 1) of n points on the line at the levels (m,) > 0, over the density of the target at each level. The
+    height is in standard deviations of that law, so that noise and data fit into one picture; a path has the colour of
+    the mode that is nearest to its end."""
+    ax = _axes(ax, (5.5, 3.8))
+    heights, width = torch.linspace(-2.6, 2.6, 80).to(path), (target.sigma_data**2 + sigmas.square()).sqrt()
+    shade = [w * target.noised(float(s)).log_prob(w * heights[:, None]).exp()
+             for s, w in zip(sigmas, width, strict=True)]
+    ax.contourf(_drawn(sigmas), _drawn(heights), _drawn(torch.stack(shade, 1)), levels=12, cmap="Greys", vmax=0.9)
+    modes = torch.cdist(path[-1], target.means.to(path)).argmin(1)
+    for line, mode in zip(_drawn((path[:, :, 0] / width[:, None]).T), modes.tolist(), strict=True):
+        ax.plot(_drawn(sigmas), line, color=PALETTE[mode % len(PALETTE)], linewidth=1.4)
+    ax.set(xscale="log", xlim=(float(sigmas[0]), float(sigmas[-1])), ylim=(-2.6, 2.6), title=title,
+           xlabel="noise level $\\sigma$ (data on the right)", ylabel="$x$ / standard deviation of $p_\\sigma$")
     return ax
 
 

@@ -141,6 +141,27 @@ def test_rows_and_columns_have_their_names():
     assert [label.get_text() for label in grid.get_xticklabels()] == ["cat", "dog"]
 
 
+def test_looks_differ_and_go_into_curves():
+    looks = plotting.looks([str(i) for i in range(10)])
+    assert len({(str(look["color"]), look["marker"]) for look in looks.values()}) == 10
+    ax = plotting.curves(LINES, styles=plotting.looks(list(LINES)))
+    assert [line.get_marker() for line in ax.lines] == ["o", "s"]
+
+
+def test_paths_are_drawn_in_standard_deviations_and_coloured_by_their_end():
+    target, sigmas = mixture_1d(), torch.tensor([10.0, 1.0, 0.1], dtype=torch.float64)
+    path = torch.tensor([[[-20.0], [20.0]], [[-1.0], [1.0]], [[-1.0], [1.2]]], dtype=torch.float64)
+    low, high = plotting.paths(target, sigmas, path).lines
+    width = (target.sigma_data**2 + 100) ** 0.5
+    assert high.get_ydata()[0] == pytest.approx(20 / width)
+    assert [to_rgb(line.get_color()) for line in (low, high)] == [to_rgb(plotting.PALETTE[i]) for i in (0, 1)]
+
+
+def test_arrows_to_scale_end_where_they_point():
+    arrows = plotting.field(torch.ones(2, 2), torch.zeros(2, 2), to_scale=True).collections[0]
+    assert (arrows.scale, arrows.scale_units, arrows.angles) == (1, "xy", "xy")
+
+
 @pytest.mark.parametrize(("call", "error", "message"), [
     (lambda: plotting.scatter(torch.zeros(4, 3)), ValueError, r"samples has shape \(4, 3\); wanted \(n, 2\)"),
     (lambda: plotting.scatter(torch.zeros(0, 2)), ValueError, "samples has 0 samples"),

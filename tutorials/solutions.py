@@ -4,6 +4,7 @@
 writes a copy of a notebook with these functions in the place of its stubs.
 """
 
+import itertools
 import math
 
 import torch
@@ -164,16 +165,39 @@ def aligned_share(scales):
 
 
 # 06_samplers
+def heun_solver(denoiser, x, levels):
+    """The mean of the slopes at both ends of Euler's step; at level 0 there is none."""
+    for sigma, after in itertools.pairwise(levels):
+        slope = (x - denoiser(x, sigma)) / sigma
+        guess = x + (after - sigma) * slope
+        if after > 0:
+            second = (guess - denoiser(guess, after)) / after
+            guess = x + (after - sigma) * (slope + second) / 2
+        x = guess
+    return x
+
+
 def ddim_step(x, x0, sigma, after, eta, z):
     """Part of the noise is drawn anew; its variance and that of what stays add up to after^2."""
     fresh = eta * after * (1 - (after / sigma) ** 2) ** 0.5
     return x0 + (after**2 - fresh**2) ** 0.5 * (x - x0) / sigma + fresh * z
 
 
+PREDICTIONS["06"] = """With 10 levels no noise is best: 3.4 floors at eta = 0, 3.7 at 0.5, 5.1 at 1.
+Fresh noise only adds error to that of long steps. With 100 levels all three are at 1.1 to 1.2
+floors, so that the dial does nothing: an exact denoiser makes no errors that noise could repair."""
+
+
+# 06b_fewer_calls
 def gaussian_flow(x, sigma, after, mean, variances, axes):
     """Along a principal axis the flow keeps x - mean in units of the noised standard deviation."""
     stretch = ((variances + after**2) / (variances + sigma**2)) ** 0.5
     return mean + ((x - mean) @ axes * stretch) @ axes.T
+
+
+PREDICTIONS["06b"] = """On one Gaussian lambda = -2 makes the error 2.4 times smaller, and -1 makes
+it 14 times smaller. On the mixture -1 gained 2.6 times and -2 gained 4.1 times. The best lambda
+depends on the target (and on the clock), so the paper's search for it is part of the method."""
 
 
 # 07_divergences

@@ -14,7 +14,7 @@ from minidistill.check.divergences import chi_squared_conjugate, flipped_weight
 from minidistill.check.gradients import best_cover, divergence_weight, reverse_kl_gradient
 from minidistill.check.implicit import gaussian_fisher, pseudo_huber_slope
 from minidistill.check.matching import dmd_gradient, mixture_denoiser
-from minidistill.check.samplers import ddim_step, gaussian_flow
+from minidistill.check.samplers import ddim_step, gaussian_flow, heun_solver
 from minidistill.check.scores import (
     add_noise,
     best_share,
@@ -43,7 +43,7 @@ __all__ = [
     "denoising_loss", "training_loop", "stein_trace", "best_share",  # 02, 02b
     "class_gradient", "gauge_defect", "velocity", "uniform_time_density",  # 03, 04
     "weighted_denoiser", "aligned_share",  # 05
-    "ddim_step", "gaussian_flow",  # 06
+    "heun_solver", "ddim_step", "gaussian_flow",  # 06, 06b
     "flipped_weight", "chi_squared_conjugate",  # 07
     "divergence_weight", "reverse_kl_gradient", "best_cover",  # 08
     "dmd_gradient", "mixture_denoiser",  # 09

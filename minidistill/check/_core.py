@@ -115,7 +115,7 @@ def _hint(f: Function, cases: Sequence[Case], hints: Mapping[str, Function], rto
         wanted = [torch.as_tensor(expected, dtype=torch.float64) for _, _, expected in cases]
 
         def same(others: Sequence[Any]) -> bool:
-            return all(torch.allclose(have, _numbers(other), rtol=rtol, atol=atol)
+            return all(torch.allclose(have, _numbers(other), rtol=rtol, atol=atol, equal_nan=True)
                        for have, other in zip(answers, others, strict=True))
 
         for sentence, mistake in hints.items():

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from minidistill import score_matching as sm
 from minidistill import training
 from minidistill.distillation.batch import dmd_scale
 from minidistill.distributions import GaussianMixture
+from minidistill.samplers.ode import heun_step
+from minidistill.teachers.closed_form import GaussianTeacher
 
 __all__ = [
-    "add_noise", "best_share", "denoising_loss", "distillation_loop", "euler_step", "mixture_score", "one_call",
-    "score_gap", "stein_trace", "training_loop", "tweedie",
+    "add_noise", "best_share", "ddim_step", "denoising_loss", "distillation_loop", "euler_step", "gaussian_flow",
+    "heun_solver", "mixture_score", "one_call", "score_gap", "stein_trace", "training_loop", "tweedie",
 ]
 
 Denoise = Callable[..., Tensor]
@@ -115,3 +118,25 @@ def stein_trace(field: Callable[[Tensor], Tensor], x: Tensor, noise: Tensor, rad
 def best_share(target: float, denoising: float, covariance: float) -> float:
     """The share of the first in the mix of two unbiased targets that varies least."""
     return (denoising - covariance) / (target + denoising - 2 * covariance)
+
+
+# ------------------------------------------------- 06_samplers
+
+def heun_solver(denoiser: Denoise, x: Tensor, levels: Tensor) -> Tensor:
+    """Heun's method from levels[0] down to the last one, Euler's step where that is 0."""
+    for sigma, after in pairwise(levels):
+        x = heun_step(denoiser, x, sigma, after)
+    return x
+
+
+def ddim_step(x: Tensor, x0: Tensor, sigma: Any, after: Any, eta: float, z: Tensor) -> Tensor:
+    """x0 with noise of level `after`, of which a part is z and the rest what x already has."""
+    fresh = eta * after * (1 - (after / sigma) ** 2) ** 0.5
+    return x0 + (after**2 - fresh**2) ** 0.5 * (x - x0) / sigma + fresh * z
+
+
+def gaussian_flow(
+    x: Tensor, sigma: float, after: float, mean: Tensor, variances: Tensor, axes: Tensor
+) -> Tensor:
+    """The probability flow of N(mean, U diag(variances) U'), with U = axes, from level sigma to `after`, (n, d)."""
+    return GaussianTeacher.from_moments(mean, (axes * variances) @ axes.T).flow(x, sigma, after)

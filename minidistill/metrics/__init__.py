@@ -1,6 +1,7 @@
 """Numbers that read as quality.
 
     mixtures.py      against an exact mixture: both KLs on a grid, mode coverage, sliced W2 over its floor
+    line.py          mixtures on the line: distribution function and quantiles
     fidelity.py      between sets of features: Fréchet distance, precision and recall
     calibration.py   of a classifier: expected calibration error
     classifier.py    small classifiers, whose features judge images
@@ -10,6 +11,7 @@
 
 from minidistill.metrics.calibration import expected_calibration_error
 from minidistill.metrics.fidelity import PrecisionRecall, frechet_distance, precision_recall
+from minidistill.metrics.line import cdf, quantile
 from minidistill.metrics.mixtures import (
     GridKL,
     ModeCoverage,
@@ -21,6 +23,6 @@ from minidistill.metrics.mixtures import (
 )
 
 __all__ = [
-    "GridKL", "ModeCoverage", "PrecisionRecall", "expected_calibration_error", "frechet_distance", "kl_both_ways",
-    "kl_on_grid", "mode_coverage", "over_floor", "precision_recall", "reverse_kl_on_grid",
+    "GridKL", "ModeCoverage", "PrecisionRecall", "cdf", "expected_calibration_error", "frechet_distance",
+    "kl_both_ways", "kl_on_grid", "mode_coverage", "over_floor", "precision_recall", "quantile", "reverse_kl_on_grid",
 ]

@@ -16,8 +16,7 @@ from minidistill._random import noise_like
 from minidistill.samplers.loop import Denoise, Denoiser, Step, integrate, slope
 
 __all__ = [
-    "Rng", "accelerated_ddim", "conjugate", "ddim", "dpm_solver_2m", "euler", "gradient_estimation", "heun",
-    "heun_step",
+    "Rng", "accelerated_ddim", "ddim", "dpm_solver_2m", "euler", "gradient_estimation", "heun", "heun_step",
 ]
 
 Rng = torch.Generator | None
@@ -143,30 +142,3 @@ def accelerated_ddim(denoiser: Denoiser, x: Tensor, sigmas: Tensor, generator: R
         return step
 
     return integrate(make_step, denoiser, x, sigmas, generator, **options)
-
-
-def conjugate(
-    denoiser: Denoiser, x: Tensor, sigmas: Tensor, generator: Rng = None, *, lam: float = 0.0, **options: Any
-) -> Tensor:
-    """Conjugate integrator lambda-DDIM (Pandey, Rudolph and Mandt 2024, section 3, B_t = lambda I); one call a level.
-
-    With eps the predicted noise, z = A x has dz/dt = lambda z + A eps dsigma/dt for A = e^(lambda t): the network's
-    part is integrated exactly for constant eps, the linear part by Euler. lam = 0 is DDIM. lam shifts the Jacobian's
-    eigenvalues, so it moves error between the two parts: a small lam (on mixtures about -0.1) cancels some of the
-    leading error where eps varies, at the price of one of second order a step where it does not; a large one is
-    unstable.
-
-    The paper's t is the time of its variance-preserving process; here t = ln sigma, since A = sigma^lambda gives the
-    network's part in closed form. So values of lam do not carry over from the paper.
-    """
-    lam = _validate.number("lam", lam)
-
-    def step(denoise: Denoise, x: Tensor, sigma: Tensor, after: Tensor, rng: Rng) -> Tensor:
-        noise = slope(denoise, x, sigma)
-        if after == 0:
-            return x - sigma * noise
-        h = (after / sigma).log()  # < 0
-        gained = h if lam == -1 else torch.expm1((lam + 1) * h) / (lam + 1)  # integral of A dsigma over A sigma
-        return torch.exp(-lam * h) * ((1 + lam * h) * x + sigma * gained * noise)
-
-    return integrate(lambda: step, denoiser, x, sigmas, generator, **options)

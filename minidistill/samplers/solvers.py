@@ -1,7 +1,7 @@
 """Samplers: from noise to data along a schedule of noise levels, in EDM coordinates.
 
 Every solver is a plain function of (denoiser, x, sigmas, generator) with keyword options, and all of them are here by
-name: the deterministic ones of `ode_samplers`, the chains of `stochastic_samplers`, the adaptive one, the schedules.
+name: the deterministic ones of `ode` and `conjugate_ddim`, the chains of `stochastic`, the adaptive one.
 This file adds the choice by name and `teleported`, which shortens any of them.
 """
 
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from minidistill import _validate
 from minidistill.samplers.adaptive import gotta_go_fast
+from minidistill.samplers.conjugate_ddim import conjugate
 from minidistill.samplers.loop import Denoiser, check_levels
 from minidistill.samplers.ode import (
     accelerated_ddim,
-    conjugate,
     ddim,
     dpm_solver_2m,
     euler,

@@ -95,6 +95,9 @@ WRONG: dict[str, list[Callable[..., Any]]] = {
         lambda x, y, w, s: (w - (x[:, None] - y).square().sum(2) / (2 * s[:, None] ** 2)).softmax(1) @ y,
     ],
     "aligned_share": [lambda w: 1 / w.mean(), lambda w: (1 / w).mean(), lambda w: (w**2).mean() / w.mean()],
+    "heun_solver": [
+        lambda D, x, levels: solutions.heun_solver(D, x, levels[[0, -1]]), lambda D, x, levels: D(x, levels[0]),
+    ],
     "ddim_step": [
         lambda x, D, s, t, eta, z: D + t * (x - D) / s, lambda x, D, s, t, eta, z: D + t * (x - D) / s + eta * t * z,
         lambda x, D, s, t, eta, z: D + t * (1 - eta**2) ** 0.5 * (x - D) / s + eta * t * z,

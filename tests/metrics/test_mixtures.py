@@ -7,22 +7,24 @@ import ot
 import pytest
 import scipy.linalg
 import torch
-from scipy.stats import wasserstein_distance
+from scipy.stats import norm, wasserstein_distance
 from torchmetrics.functional.classification import multiclass_calibration_error
 from torchmetrics.image.fid import _compute_fid
 
 from minidistill.distributions import GaussianMixture, ring
 from minidistill.metrics import (
+    cdf,
     expected_calibration_error,
     frechet_distance,
     kl_both_ways,
     kl_on_grid,
     mode_coverage,
     over_floor,
+    quantile,
     reverse_kl_on_grid,
 )
 from minidistill.transport import sliced_wasserstein, wasserstein_1d
-from tests.helpers import f64, line, normal, rng
+from tests.helpers import f64, line, mixture_1d, normal, rng
 
 
 @pytest.mark.parametrize(("n", "m"), [(10, 10), (7, 12), (30, 1), (13, 26)])
@@ -278,3 +280,26 @@ def test_calibration_error_of_the_sure():
 def test_calibration_error_refuses(bad, labels, text):
     with pytest.raises(ValueError, match=text):
         expected_calibration_error(bad, torch.tensor(labels))
+
+
+def test_distribution_function_and_quantiles_on_the_line():
+    """Against scipy's normal law, component by component; quantiles are its inverse, far out too."""
+    mixture, x = mixture_1d(), f64([[-30.0], [-1.0], [0.2], [0.9], [4.0]])
+    parts = [norm(float(m), float(v) ** 0.5).cdf(x[:, 0].numpy())
+             for m, v in zip(mixture.means, mixture.variances, strict=True)]
+    expected = sum(float(w) * torch.from_numpy(part) for w, part in zip(mixture.weights, parts, strict=True))
+    torch.testing.assert_close(cdf(mixture, x), expected, rtol=1e-12, atol=1e-15)
+    share = f64([1e-9, 0.01, 0.5, 0.99])
+    torch.testing.assert_close(cdf(mixture, quantile(mixture, share)), share, rtol=1e-6, atol=0)
+    normal_law = quantile(GaussianMixture(f64([[3.0]]), 2.0), share)
+    torch.testing.assert_close(normal_law[:, 0], 3 + 2 * torch.special.ndtri(share))
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: cdf(ring(), torch.zeros(3, 1)), r"samples of shape \(2,\); wanted a mixture on the line"),
+    (lambda: quantile(ring(), torch.zeros(3)), r"samples of shape \(2,\); wanted a mixture on the line"),
+    (lambda: cdf(mixture_1d(), torch.zeros(3)), "x has shape"),
+])
+def test_quantiles_are_for_the_line(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -24,6 +24,7 @@ from minidistill.samplers import (
     sample,
     teleported,
 )
+from minidistill.samplers.conjugate_ddim import CLOCKS
 from minidistill.transport import sliced_wasserstein
 from tests.helpers import f64, fitted_slope, levels, mixture_1d, mixture_2d, start
 
@@ -64,7 +65,8 @@ def on_a_mixture():
 
 
 @pytest.mark.parametrize(("solver", "options", "order"), [
-    (euler, {}, 1), (heun, {}, 2), (dpm_solver_2m, {}, 2), (conjugate, {"lam": 0.3}, 1), (conjugate, {"lam": -1.0}, 1),
+    (euler, {}, 1), (heun, {}, 2), (dpm_solver_2m, {}, 2), (conjugate, {"lam": 0.3, "clock": "log_sigma"}, 1),
+    (conjugate, {"lam": -1.0, "clock": "log_sigma"}, 1), (conjugate, {"lam": -1.5}, 1), (conjugate, {"lam": 0.5}, 1),
     (gradient_estimation, {}, 1),
 ])
 def test_order_of_convergence_on_a_mixture(on_a_mixture, solver, options, order):
@@ -83,6 +85,7 @@ def test_accelerated_ddim_gains_an_order(on_a_mixture):
 
 @pytest.mark.parametrize(("solver", "options", "peer"), [
     (ddim, {}, euler), (gradient_estimation, {"gamma": 1.0}, ddim), (conjugate, {}, ddim),
+    (conjugate, {"clock": "log_sigma"}, ddim),
     (SOLVERS["edm_stochastic"], {"churn": 0.0}, heun),
     (SOLVERS["edm_stochastic"], {"s_min": 90.0}, heun), (SOLVERS["edm_stochastic"], {"s_max": 0.001}, heun),
     (SOLVERS["predictor_corrector"], {"corrector_steps": 0}, euler_maruyama), (SOLVERS["ancestral"], {},
@@ -97,28 +100,49 @@ def test_solvers_that_are_the_same(solver, options, peer):
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_conjugate_integrates_its_own_equation():
-    """One step against z = sigma^lam x with dz = lam z dln(sigma) + sigma^lam eps dsigma, the first term by Euler and
-    the second by quadrature of sigma^lam, for a constant eps."""
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_conjugate_integrates_its_own_equation(clock):
+    """One step against z = e^(lam t) x with dz = lam z dt + e^(lam t) eps dsigma, the first term by Euler and the
+    second by a fine sum, for a constant eps; t is a function of the level in units of twice the data's scale."""
     x, eps, high, low = 1.3, 0.7, 2.0, 0.5
-    nodes, weights = torch.linspace(low, high, 20_001, dtype=torch.float64), (high - low) / 20_000
-    for lam in (-2.5, -1.0, -1 + 1e-9, -0.3, 0.0, 0.8):
-        inner = (nodes.pow(lam)[1:] + nodes.pow(lam)[:-1]).sum() / 2 * weights
-        z = high**lam * x * (1 + lam * math.log(low / high)) - eps * inner
-        ours = conjugate(lambda x, sigma: x - sigma * eps, f64([[x]]), f64([high, low, 0.0]), lam=lam, early_stop=True)
-        assert float(ours) == pytest.approx(float(z) * low**-lam, rel=1e-7)
+
+    def denoiser(x, sigma):
+        return x - sigma * eps
+
+    denoiser.sigma_data = 0.4
+    nodes = torch.linspace(low, high, 20_001, dtype=torch.float64)
+    total = torch.log1p((nodes / 0.8) ** 2)  # the integral of beta: 0.1 t + 9.95 t^2
+    t = {"vp": (-0.1 + (0.01 + 39.8 * total).sqrt()) / 19.9, "log_sigma": nodes.log()}[clock]
+    for lam in (-2.5, -1.0, -0.3, 0.0, 0.8):
+        grown = (lam * t).exp()
+        inner = (grown[1:] + grown[:-1]).sum() / 2 * (high - low) / 20_000
+        z = grown[-1] * x * (1 + lam * (t[0] - t[-1])) - eps * inner
+        ours = conjugate(denoiser, f64([[x]]), f64([high, low, 0.0]), lam=lam, clock=clock, early_stop=True)
+        assert float(ours) == pytest.approx(float(z / grown[0]), rel=1e-7)
 
 
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_conjugate_knows_no_units(clock):
+    """Data a thousand times as large: samples a thousand times as large."""
+    x, mixture = start(8, d=2), mixture_2d()
+    large = GaussianMixture(1000 * mixture.means, 1e6 * mixture.covs, mixture.weights)
+    ours, theirs = (conjugate(target, scale * x, scale * levels(12), lam=-1.5, clock=clock)
+                    for target, scale in ((mixture, 1), (large, 1000)))
+    torch.testing.assert_close(theirs, 1000 * ours, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("clock", "lam", "gain"), [("log_sigma", 0.1, 1.2), ("vp", 1.0, 1.5)])
 @pytest.mark.parametrize("n", [8, 20, 50])
-def test_a_little_conjugation_beats_ddim(n):
-    """In the mean distance to the end of the exact flow, on a 1-D mixture; the wrong sign loses as much."""
+def test_a_little_conjugation_beats_ddim(n, clock, lam, gain):
+    """In the mean distance to the end of the exact flow, on a 1-D mixture; the wrong sign loses as much. The clock of
+    the variance-preserving process gains more."""
     x = start(500)
     exact = heun(mixture_1d(), x, levels(400), early_stop=True)
     minus, zero, plus = (
-        float((conjugate(mixture_1d(), x, levels(n), lam=lam, early_stop=True) - exact).abs().mean())
-        for lam in (-0.1, 0.0, 0.1)
+        float((conjugate(mixture_1d(), x, levels(n), lam=one, clock=clock, early_stop=True) - exact).abs().mean())
+        for one in (-lam, 0.0, lam)
     )
-    assert 1.2 * minus < zero < plus / 1.2
+    assert gain * minus < zero < plus / gain
 
 
 def diffusers_run(name, denoiser, x, sigmas):
@@ -386,6 +410,7 @@ X, FIT = torch.zeros(3, 1, dtype=torch.float64), Gaussian(f64([MU]), f64([[STD**
     (lambda: ddim(TARGET, X, levels(3), eta=1.5), ValueError, "eta=1.5"),
     (lambda: gradient_estimation(TARGET, X, levels(3), gamma=math.inf), ValueError, "gamma=inf"),
     (lambda: conjugate(TARGET, X, levels(3), lam=math.nan), ValueError, "lam=nan"),
+    (lambda: conjugate(TARGET, X, levels(3), clock="ve"), ValueError, "clock='ve'"),
     (lambda: heun(TARGET, X, levels(3), batch_size=0), ValueError, "batch_size=0"),
     (lambda: heun(TARGET, X, levels(3), label=torch.zeros(2)), ValueError, r"label is .* \(2,\); wanted .* \(3,\)"),
     (lambda: heun(TARGET, X, levels(3), label=[0, 0, 0]), TypeError, "label is list; wanted an integer tensor"),

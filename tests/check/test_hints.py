@@ -1,0 +1,35 @@
+"""Foreseeable mistakes in the exercises of the notebooks on fields, processes, teachers and samplers get their hint."""
+
+from itertools import pairwise
+
+import pytest
+
+from minidistill import check
+from minidistill.check import ours
+
+
+def _heun(denoiser, x, levels, *, level=None, last=True, share=0.5):
+    """Heun's method with one mistake: the level of the second slope, its share, or no exception at level 0."""
+    for sigma, after in pairwise(levels):
+        first = (x - denoiser(x, sigma)) / sigma
+        guess = x + (after - sigma) * first
+        if after > 0 or not last:
+            where = after if level is None else sigma
+            second = (guess - denoiser(guess, where)) / where
+            guess = x + (after - sigma) * ((1 - share) * first + share * second)
+        x = guess
+    return x
+
+
+@pytest.mark.parametrize(("name", "answer", "hint"), [
+    ("heun_solver", lambda *a: _heun(*a, share=0), "that is Euler's method"),
+    ("heun_solver", lambda *a: _heun(*a, level="sigma"), "read at the level where the step lands"),
+    ("heun_solver", lambda *a: _heun(*a, share=1), "not the second alone"),
+    ("heun_solver", lambda *a: _heun(*a, last=False), "which is 0 in the last step"),
+    ("ddim_step", lambda x, D, s, t, eta, z: D + t * (x - D) / s + eta * t * (1 - (t / s) ** 2) ** 0.5 * z,
+     "both add up to after^2"),
+    ("gaussian_flow", lambda x, s, t, m, v, u: ours.gaussian_flow(x, s, t, m, v, u.T), "are the principal axes"),
+])
+def test_mistakes_get_their_hint(name, answer, hint, capsys):
+    assert getattr(check, name)(answer) is False
+    assert hint in capsys.readouterr().out
