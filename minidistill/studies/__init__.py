@@ -4,6 +4,7 @@
     cifar10.py      the run book: teacher and students on CIFAR-10, within minutes of a GPU or hours of a laptop
     sweep.py        the long experiments of the notebooks on objectives, over several seeds
     classifier.py   the stored CIFAR-10 classifier, made again
+    soft_labels.py  many small classifiers at once, which learn from labels or from logits
     spawned.py      what their worker processes must not do
 """
 
