@@ -47,6 +47,9 @@ def _run(folder, *what):
 
 
 def _copy_of_the_rest(folder):
+    """What lies beside a notebook, and the stored runs that some read from beside the folder."""
+    folder.mkdir()
+    shutil.copytree(ROOT / "figures", folder.parent / "figures")
     for path in TUTORIALS.iterdir():
         if path.suffix in (".py", ".cfg", ".md"):
             shutil.copy(path, folder)
@@ -58,11 +61,12 @@ def _copy_of_the_rest(folder):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_solved_notebook_passes_too(path, tmp_path):
-    _copy_of_the_rest(tmp_path)
-    names = solve.solve(path, tmp_path / path.name)
+    folder = tmp_path / "tutorials"
+    _copy_of_the_rest(folder)
+    names = solve.solve(path, folder / path.name)
     assert names
     assert set(names) <= set(check.__all__)
-    done = _run(tmp_path, path.name)
+    done = _run(folder, path.name)
     assert done.returncode == 0, done.stdout[-4000:]
 
 

@@ -8,14 +8,55 @@ What several notebooks draw is in `minidistill.plotting`. A notebook takes this 
         from minidistill import tutorial_figures as figures
 """
 
+import re
+
 import matplotlib.pyplot as plt
+import numpy as np
+import seaborn
+import torch
 
-from minidistill import plotting
+from minidistill import divergences, plotting
 
-__all__ = ["losses_by_kind", "looks_of_losses"]
+__all__ = [
+    "_student",
+    "averaged_levels",
+    "classifier_errors",
+    "descents",
+    "draw_minima",
+    "error_bars",
+    "exact_and_learned",
+    "gaussians",
+    "landscape",
+    "landscape_bar",
+    "looks_of_losses",
+    "losses_by_kind",
+    "minima_along",
+    "nice",
+    "panels",
+    "ratio_tracks",
+    "weight_and_pull",
+    "weight_bar",
+    "what_each_sees",
+    "where_it_comes_from",
+    "widths_by_level",
+    "zoo",
+]
+
+PROPER = {"kl": "KL", "jensen_shannon": "Jensen-Shannon", "hellinger": "Hellinger",
+          "jeffreys": "Jeffreys", "pearson": "Pearson", "neyman": "Neyman", "le_cam": "Le Cam",
+          "fisher": "Fisher", "dmd": "DMD", "dmd2": "DMD2", "sim_l2": "SIM, L2", "sim": "SIM",
+          "sid": "SiD", "sida": "SiDA", "f_distill": "f-distill", "diff_instruct": "Diff-Instruct",
+          "uni_instruct": "Uni-Instruct", "alpha": "α ="}
 
 
-# 02b_more_losses
+def nice(name):
+    """A name for readers: "reverse_kl" -> "reverse KL"."""
+    for short, proper in PROPER.items():
+        name = re.sub(rf"(?<![a-z]){short}(?![a-z0-9])", proper, name)
+    return name.replace("_", " ")
+
+
+# ------------------------------------------------- 02b_more_losses
 
 def looks_of_losses(names):
     """A colour and a marker for each loss, the same in every figure; the referee is black."""
@@ -41,3 +82,299 @@ def losses_by_kind(levels, values, looks, title, ylabel):
         ax.legend(fontsize=9, ncols=2)
     axes[1].set_ylabel("")
     plt.show()
+
+
+# ------------------------------------------------- 09_distribution_matching
+
+def weight_and_pull(name, teacher, student, sigma, samples, ax, limit=3.6):
+    """A divergence's weight h as colour (1: its mean over the samples), and h (D_p - D_q) as
+    arrows, cut where they are long; the circle is two standard deviations of the student."""
+    def weight(x):
+        log_ratio = teacher.noised(sigma).log_prob(x) - student.noised(sigma).log_prob(x)
+        return divergences.F[name].log_weight(log_ratio).exp()
+
+    average = weight(samples).mean()
+    line, fine = torch.linspace(-3.2, 3.2, 9), torch.linspace(-limit, limit, 91)
+    points = torch.cartesian_prod(line, line)
+    pull = (weight(points) / average)[:, None] * (teacher(points, sigma) - student(points, sigma))
+    pull = pull * (0.55 / pull.norm(dim=1, keepdim=True)).clamp(max=1)
+    share = (weight(torch.cartesian_prod(fine, fine)) / average).log10().clamp(-1.499, 1.499)
+    filled = ax.contourf(fine, fine, share.reshape(91, 91).T, levels=np.linspace(-1.5, 1.5, 13),
+                         cmap="PuOr_r", antialiased=False)
+    ax.quiver(*points.T, *pull.T, angles="xy", scale_units="xy", scale=1, width=0.009,
+              antialiased=False)
+    radius = 2 * (student.sigma_data**2 + sigma**2) ** 0.5
+    circle = plt.Circle(student.means[0], radius, fill=False, color="black", linestyle="--")
+    ax.add_patch(circle)
+    ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", title=nice(name))
+    ax.set(xlabel="$x_1$", ylabel="$x_2$")
+    ax.label_outer()
+    return filled
+
+
+def weight_bar(filled, axes):
+    """The colours of `weight_and_pull`, once for all panels."""
+    label = "weight $h$ (1: mean over the student's samples)"
+    bar = axes.flat[0].figure.colorbar(filled, ax=axes, shrink=0.8, label=label, ticks=[-1, 0, 1])
+    bar.ax.set_yticklabels(["0.1", "1", "10"])
+
+
+def gaussians(fits, mixture, axes):
+    """Students of one Gaussian, a panel for each objective and a line for each seed, over the
+    mixture's density in grey. `fits` holds (mean, standard deviation) of each seed by name."""
+    x = torch.linspace(-5, 5, 301)
+    for ax, (name, found) in zip(axes.flat, fits.items(), strict=False):
+        ax.fill_between(x, mixture.log_prob(x[:, None]).exp(), color="0.8", linewidth=0)
+        for mean, std in found:
+            density = torch.distributions.Normal(mean, std).log_prob(x).exp()
+            ax.plot(x, density, color=plotting.STUDENT, linewidth=2)
+        middle = sorted(std for _, std in found)[len(found) // 2]
+        ax.set(title=f"{name}\nstd {middle:.2f}", xlabel="$x$", ylabel="density", ylim=(0, 0.9))
+        ax.label_outer()
+
+
+def exact_and_learned(exact, learned, ax):
+    """Learned against exact log ratios, a dot a sample; on the line they are equal."""
+    ax.plot([-8, 4], [-8, 4], color="black", linewidth=1)
+    ax.scatter(exact, learned, s=4, alpha=0.4, color=plotting.STUDENT, linewidths=0)
+    ax.set(xlim=(-8, 3), ylim=(-8, 3), xlabel="exact $\\ln r$", ylabel="learned $\\ln r$")
+
+
+def ratio_tracks(seen, ax):
+    """Error and size of the log ratio while a student is trained, (step, error, size) by level."""
+    for (level, track), color in zip(seen.items(), (plotting.PALETTE[0], plotting.PALETTE[3]),
+                                     strict=True):
+        steps, error, size = zip(*track, strict=True)
+        ax.plot(steps, error, color=color, linewidth=2, label=f"error, $\\sigma = {level}$")
+        ax.plot(steps, size, ":", color=color, linewidth=2, label=f"size, $\\sigma = {level}$")
+    ax.set(yscale="log", xlabel="step", ylabel="$\\ln r$, root mean square")
+    ax.set(title="while a student is trained")
+    ax.legend(fontsize=10)
+
+
+def panels(figures, shape, size):
+    """A figure of dot plots, one for each (title, what is on its axis, logarithmic?, groups)."""
+    figure, axes = plt.subplots(*shape, figsize=size, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1)
+    for ax, (title, xlabel, log, groups) in zip(axes.flat, figures, strict=True):
+        plotting.dots(groups, ax, xlabel=xlabel, log=log, most=20, title=title)
+    return axes
+
+
+# ------------------------------------------------- 08_from_divergence_to_gradient
+
+def descents(paths, mixture, axes):
+    """Paths of (mean, standard deviation), (steps, 2), from their starts (rings) to their ends
+    (stars), and the students at the end over the mixture's density in grey."""
+    x = torch.linspace(-5, 5, 301)
+    axes[1].fill_between(x, mixture.log_prob(x[:, None]).exp(), color="0.8", linewidth=0)
+    looks = zip(paths, plotting.PALETTE, ("-", "--", "-.", ":"), strict=False)
+    for path, color, dash in looks:
+        start = "start {:g}, {:g}".format(*path[0].tolist())
+        axes[0].plot(*path.T, dash, color=color, linewidth=2, label=start)
+        axes[0].plot(*path[0], "o", markersize=7, markerfacecolor="white", color=color)
+        axes[0].plot(*path[-1], "*", markersize=14, color=color)
+        end = torch.distributions.Normal(*path[-1]).log_prob(x).exp()
+        axes[1].plot(x, end, dash, color=color, linewidth=2, label=start)
+    axes[0].set(xlabel="$\\mu$", ylabel="$s$", xlim=(-3.5, 5), title="descent on reverse KL")
+    axes[0].legend(fontsize=10)
+    axes[1].set(xlabel="$x$", ylabel="density", title="where the students end")
+
+
+def where_it_comes_from(row, teacher, student, ax, limit=4.2):
+    """Directions of h (s_p - s_q) in the plane, and in orange where q h |s_p - s_q| is above 15
+    and 50 % of its maximum. Circles are two standard deviations."""
+    def move(x):
+        log_ratio = teacher.log_prob(x) - student.log_prob(x)
+        return row.direction(teacher.score(x), student.score(x), log_ratio)
+
+    line, fine = torch.linspace(-3.6, 3.6, 9), torch.linspace(-limit, limit, 121)
+    points, all_over = torch.cartesian_prod(line, line), torch.cartesian_prod(fine, fine)
+    share = student.log_prob(all_over).exp() * move(all_over).norm(dim=1)
+    share = (share / share.max()).reshape(121, 121).T
+    ax.contourf(fine, fine, share, levels=[0.15, 0.5, 1], colors=["#fde3c8", "#f9b57c"],
+                antialiased=False)
+    arrows = torch.nn.functional.normalize(teacher.score(points) - student.score(points))
+    ax.quiver(*points.T, *arrows.T, color="0.35", scale=13, width=0.008,
+              antialiased=False)
+    for law, dash, color in ((teacher, "-", "black"), (student, "--", plotting.STUDENT)):
+        for mean, variances in zip(law.means, law.variances, strict=True):
+            radius = 2 * variances[0].sqrt()
+            ax.add_patch(plt.Circle(mean, radius, fill=False, linestyle=dash, linewidth=1.8,
+                                    color=color))
+    ax.set(aspect="equal", xlim=(-limit, limit), ylim=(-limit, limit), xlabel="$x_1$")
+    ax.label_outer()
+
+
+def _student(ax, mixture, mean, std, **look):
+    """A Gaussian over the mixture in grey: orange on one mode, blue across both."""
+    x = torch.linspace(-5, 5, 201)
+    ax.grid(False)
+    ax.fill_between(x, mixture.log_prob(x[:, None]).exp(), color="0.82", linewidth=0, zorder=1)
+    color = plotting.PALETTE[3] if std < 1.2 else plotting.STUDENT
+    density = torch.distributions.Normal(mean, std).log_prob(x).exp()
+    ax.plot(x, density, **({"color": color} | look))
+
+
+def draw_minima(best, mixture, axes):
+    """The minima (value, mean, std) of each objective, a panel each in the order of the lowest's
+    std; the lowest is thick."""
+    names = sorted(best, key=lambda name: best[name][0][2])
+    for ax, name in zip(axes.flat, names, strict=True):
+        for place, (_, mean, std) in enumerate(best[name]):
+            _student(ax, mixture, mean, std, linewidth=1.2 if place else 3)
+        _, mean, std = best[name][0]
+        ax.set_title(f"{name}\n$\\mu = {mean:.2f}$, $s = {std:.2f}$", fontsize=11)
+        ax.set(xlabel="$x$", ylabel="density", xlim=(-5, 5))
+        ax.label_outer()
+
+
+def widths_by_level(at_level, ax):
+    """Widths of the minima against the noise level: lines for the lowest, rings for others."""
+    looks = zip(at_level.items(), ("-", "--", ":"), plotting.PALETTE[3::-1], strict=False)
+    for (name, track), dash, color in looks:
+        levels = [level for level, _ in track]
+        ax.plot(levels, [found[0][2] for _, found in track], dash, color=color, linewidth=2.4,
+                label=name)
+        others = [(level, std) for level, found in track for _, _, std in found[1:]]
+        if others:
+            ax.plot(*zip(*others, strict=True), "o", markerfacecolor="none", color=color)
+    ax.set(xscale="log", xticks=(0.1, 0.3, 1, 3), xticklabels=(0.1, 0.3, 1, 3), ylim=(0, 2.6))
+    ax.set(xlabel="noise level $\\sigma$", ylabel="student's $s$")
+    ax.set(title="one level alone (rings: higher minima)")
+    ax.legend(fontsize=10)
+
+
+def averaged_levels(mixed, mixture, ax):
+    """The best students of an average over noise levels, (value, mean, std) by the power k."""
+    looks = zip(mixed.items(), ("-", "--", ":"), plotting.PALETTE[3::-1], strict=False)
+    for (k, (_, mean, std)), dash, color in looks:
+        _student(ax, mixture, mean, std, linestyle=dash, linewidth=2.4, color=color,
+                 label=f"$k = {k}$: $s = {std:.2f}$")
+    ax.set(xlabel="$x$", ylabel="density")
+    ax.set(title="reverse KL, levels weighed by $\\sigma^k$")
+    ax.legend(fontsize=10)
+
+
+def landscape(height, means, stds, minima, ax):
+    """A divergence over students, relative to its lowest minimum: yellow is low."""
+    doublings = (height / minima[0][0]).log2().clamp(0, 3)
+    filled = ax.contourf(means, stds, doublings, levels=np.linspace(0, 3, 13), cmap="viridis_r")
+    sizes = [260] + [70] * (len(minima) - 1)
+    _, mean, std = zip(*minima, strict=True)
+    ax.scatter(mean, std, s=sizes, marker="*", color="white", edgecolor="black", zorder=3)
+    ticks = (0.3, 0.6, 1, 2, 4)
+    ax.set(yscale="log", yticks=ticks, yticklabels=ticks, xlabel="$\\mu$", ylabel="$s$")
+    ax.yaxis.set_minor_formatter("")
+    ax.label_outer()
+    return filled
+
+
+def landscape_bar(filled, axes):
+    label = "$D$ over its lowest value"
+    bar = axes.flat[0].figure.colorbar(filled, ax=axes, shrink=0.8, label=label, ticks=range(4))
+    bar.ax.set_yticklabels(["1", "2", "4", "8 and more"])
+
+
+def minima_along(track, name, ax):
+    """Widths of all minima along a family of divergences, (parameter, minima)."""
+    others = [(value, std) for value, found in track for _, _, std in found[1:]]
+    ax.scatter(*zip(*others, strict=True), s=26, color=plotting.TEACHER, label="other minima")
+    lowest = [(value, found[0][2]) for value, found in track]
+    ax.scatter(*zip(*lowest, strict=True), s=26, color=plotting.PALETTE[3], label="lowest")
+    ax.set(xlabel=name, ylabel="$s$", xlim=(track[0][0], track[-1][0]), ylim=(0, 2.4))
+    ax.set_title(f"minima along {name}")
+    ax.legend(fontsize=10, loc="center left")
+
+
+# ------------------------------------------------- 07_divergences
+
+DASHES = ("-", "--", "-.", (0, (5, 1)), ":")
+
+
+def zoo(table, axes):
+    """f without its tangent at 1, f' and h of each divergence in units of f''(1), over r, and the
+    two limits: what mass costs that only one of the two laws has."""
+    one, r = torch.ones((), dtype=torch.float64), torch.logspace(-3, 3, 241, dtype=torch.float64)
+    far = 3.4  # where infinity is drawn
+    for i, (name, row) in enumerate(table.items()):
+        unit, tilt = row.weight(one), row.df(one)
+        look = {"color": plotting.PALETTE[i], "linestyle": DASHES[i % 5], "linewidth": 2.2}
+        drawn = (row.f(r) - tilt * (r - 1), row.df(r) - tilt, row.weight(r))
+        for ax, y in zip(axes.flat, drawn, strict=False):
+            ax.plot(r, y / unit, label=nice(name), **look)
+        only_q = min(float((row.at_zero + tilt) / unit), far)
+        only_p = min(float((row.at_infinity - tilt) / unit), far)
+        axes[1, 1].plot(only_q, only_p, "o", color=look["color"])
+        left = only_q == far
+        up = {"softened_reverse_kl": 6, "neyman": -16, "reverse_kl": 6}.get(name, -4)
+        if only_p == far and not left:
+            up = {"pearson": 10, "forward_kl": -16}.get(name, 8)
+        axes[1, 1].annotate(nice(name), (only_q, only_p), (-8 if left else 8, up), fontsize=11,
+                            textcoords="offset points", ha="right" if left else "left")
+    shown = (("$f$, its tangent at 1 taken off", "linear", (-0.1, 4)),
+             ("$f'$, made 0 at 1", "linear", (-4, 4)),
+             ("$h = r^2 f''$, the weight of the score gap", "log", (1e-3, 1e3)))
+    for ax, (title, kind, limits) in zip(axes.flat, shown, strict=False):
+        ax.set(xscale="log", yscale=kind, xlabel="$r = p / q$", ylim=limits, title=title)
+    ticks, labels = (0, 1, 2, far), ("0", "1", "2", "∞")
+    axes[1, 1].set(xlim=(0, 3.7), ylim=(0, 3.8), xticks=ticks, yticks=ticks, title="the two limits",
+                   xticklabels=labels, yticklabels=labels,
+                   xlabel="cost of mass that only q has", ylabel="cost of mass that only p has")
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    axes[0, 0].figure.legend(handles, names, loc="outside right center", fontsize=11)
+
+
+def what_each_sees(seen, teacher, students):
+    """A heat map: a row for each divergence, a column for each failure, each row over its largest
+    entry; above it the students over the teacher in grey."""
+    kinds = [*"abcde"][: len(students)]
+    _, axes = plt.subplot_mosaic([kinds, ["map"] * len(kinds)], height_ratios=(1, 5),
+                                 figsize=(11, 8.6), layout="constrained")
+    x = torch.linspace(-5.5, 5.5, 401, dtype=torch.float64)[:, None]
+    for key, (failure, q) in zip(kinds, students.items(), strict=True):
+        axes[key].fill_between(x[:, 0], teacher.log_prob(x).exp(), color="0.75", linewidth=0)
+        axes[key].plot(x, q.log_prob(x).exp(), color=plotting.STUDENT)
+        axes[key].set(xlim=(-5.5, 5.5), yticks=(), xticks=(-3, 0, 3), title=failure)
+    names = list(next(iter(seen.values())))
+    first = ["Pearson", "forward KL", "Jeffreys", "squared Hellinger", "Jensen-Shannon", "Le Cam",
+             "total variation", "softened reverse KL", "reverse KL", "Neyman"]
+    names.sort(key=lambda name: first.index(name) if name in first else len(first))
+    table = torch.tensor([[column[name] for column in seen.values()] for name in names])
+    seaborn.heatmap(table / table.amax(1, keepdim=True), ax=axes["map"], annot=True, fmt=".2f",
+                    cmap="Blues", vmin=0, vmax=1, cbar=False, yticklabels=names, xticklabels=False)
+    return table
+
+
+def error_bars(errors, ax):
+    """Errors in % with two standard errors, a row for each name."""
+    deviations, standard = zip(*errors.values(), strict=True)
+    ax.errorbar(deviations, range(len(errors)), xerr=[2 * one for one in standard], fmt="o",
+                capsize=3)
+    ax.axvline(0, color="black", linewidth=1)
+    ax.set(yticks=range(len(errors)), yticklabels=errors, ylim=(len(errors) - 0.5, -0.5),
+           xlabel="error, % of the exact value (± 2 s.e.)", title="estimates from scores alone")
+
+
+# ------------------------------------------------- 07b_from_samples
+
+def classifier_errors(scores, teacher_error):
+    """Test and calibration errors in %, (2, true or noisy labels, runs) by name: means with
+    standard deviations over the runs."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 6), layout="constrained", sharey=True)
+    kinds = (("true labels", 0, "o"), ("every second label drawn at random", 3, "s"))
+    titles = ("test error, %", "expected calibration error, %")
+    for i, (ax, title) in enumerate(zip(axes, titles, strict=True)):
+        for j, (kind, color, marker) in enumerate(kinds):
+            means = [float(row[i, j].mean()) for row in scores.values()]
+            stds = [float(row[i, j].std()) for row in scores.values()]
+            rows = [k + 0.16 * (2 * j - 1) for k in range(len(scores))]
+            ax.errorbar(means, rows, xerr=stds, fmt=marker, capsize=2, label=kind,
+                        color=plotting.PALETTE[color])
+        ticks = (2, 5, 10, 20, 50)
+        ax.set(xscale="log", xticks=ticks, xticklabels=ticks, xlim=(1.6, 95), xlabel=title,
+               yticks=range(len(scores)), yticklabels=scores, ylim=(len(scores) - 0.5, -0.5))
+        ax.minorticks_off()
+    axes[0].axvline(teacher_error, color="black", linestyle=":", label="teacher")
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=3, fontsize=11)

@@ -10,6 +10,30 @@ import math
 import torch
 
 from minidistill import score_matching as sm
+from minidistill.distillation import objectives
+
+PREDICTIONS = {
+    "07": """The mode almost gone and the wrong weights: within each mode the student's score is the
+        teacher's. At level 0.3 the Fisher divergence is as blind, since the modes do not overlap
+        yet. At 5 all modes have melted into one, whose mean and width tell of lost or moved mass,
+        while the shape of each mode is no longer seen.""",
+    "07b": """E|X - y|^2 is the squared bias plus the variance of X, and E|X - X'|^2 / 2 is that
+        variance too. They cancel, so at alpha = 2 only the mean is trained: the samples keep about
+        the shape that they started with, around the ring's centre. At 0.5 and 1.9 the ring is
+        found, at 1.9 slowly, since nearly all of the spread cancels.""",
+    "08": """Two end across both modes: the wide start, and the one in the middle, which widens
+        although it is nearer to the right mode than to the left. Reverse KL has a shallow minimum
+        there. The other two end on the mode beside which they started, also on the lighter one.
+        So where a run ends is the start's choice as much as the divergence's.""",
+    "09": """h = r is forward KL, so your student covers both modes, as the package's does. h = 1 is
+        reverse KL, which needs no ratio: it settles on the heavier mode. h = 1 / r is Neyman's chi
+        squared. It listens most to samples where the teacher has little, in the gap and outside,
+        so these leave even faster, and the student sits on a mode as well.""",
+    "10": """The slope in the mean is the same for all three, 2 (b - m) / v^2 with the variance v of
+        the noised teacher: the student's width is not in it. The slope in the width is negative for
+        the narrow student, which is to become wider, zero for the right one and positive for the
+        wide one, whatever the mean. At noise 3 all slopes are far smaller.""",
+}
 
 PREDICTIONS = {
     "00": """At 2 a noised point says little about where it came from, so that the guesses fill a
@@ -212,6 +236,18 @@ def chi_squared_conjugate(u):
     return u * r - (r - 1) ** 2
 
 
+def kl_integrand(p_x0, q_x0, sigma):
+    """sigma |s_p - s_q|^2 d sigma = sigma^2 |D_p - D_q|^2 / sigma^4 d ln sigma."""
+    return ((p_x0 - q_x0) ** 2).sum(1) / sigma**2
+
+
+# 07b_from_samples
+def energy_loss(first, second, y, alpha):
+    """Both draws are pulled to the data, and pushed apart by half as much."""
+    to_data = ((first - y).norm(dim=1) ** alpha + (second - y).norm(dim=1) ** alpha) / 2
+    return to_data - (first - second).norm(dim=1) ** alpha / 2
+
+
 # 08_from_divergence_to_gradient
 def divergence_weight(f, r):
     """r^2 f''(r), with the first derivative kept differentiable."""
@@ -238,6 +274,26 @@ def dmd_gradient(x0, teacher_x0, fake_x0):
     return (fake_x0 - teacher_x0) / (x0 - teacher_x0).abs().mean(1, keepdim=True)
 
 
+class OwnObjective:
+    """The ratio and the direction are constants; autograd sees x0 alone."""
+
+    needs_ratio = True
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def critic_loss(self, batch):
+        return objectives.fake_loss(batch) + objectives.ratio_loss(batch)
+
+    def generator_loss(self, batch):
+        with torch.no_grad():
+            teacher_x0 = batch.teacher(batch.xt, batch.sigma)
+            fake_x0 = batch.fake(batch.xt, batch.sigma)
+            h = self.weight(batch.ratio(batch.xt, batch.sigma).clamp(-5, 5).exp())
+            gradient = h[:, None] * dmd_gradient(batch.x0, teacher_x0, fake_x0)
+        return (gradient * batch.x0).sum(1)
+
+
 def mixture_denoiser(teacher_x0, fake_x0, log_ratio, alpha):
     """E[x0 | x] is the mean of both, by the probability rho that x came from the teacher."""
     rho = torch.sigmoid(log_ratio + math.log(alpha / (1 - alpha)))[:, None]
@@ -248,6 +304,12 @@ def mixture_denoiser(teacher_x0, fake_x0, log_ratio, alpha):
 def pseudo_huber_slope(y, c):
     """The length is that of a whole row, so that d' points along y."""
     return y / (y.square().sum(1, keepdim=True) + c**2).sqrt()
+
+
+def implicit_loss(x0, teacher_x0, fake_x0, value, slope, alpha):
+    """The law part, and the field part as a derivative through the samples."""
+    y = fake_x0 - teacher_x0
+    return 2 * (1 - alpha) * value(y) - (slope(y) * (fake_x0 - x0)).sum(1)
 
 
 def gaussian_fisher(mean_p, std_p, mean_q, std_q, sigma):

@@ -1,7 +1,8 @@
 """A solved copy of a notebook: `python tutorials/solve.py NOTEBOOK COPY`.
 
-Each stub, a function that returns `...`, is replaced by its namesake in `solutions.py`, with the
-imports that this needs. Nothing else changes, so there is one source for both versions.
+Each stub, a function that returns `...` or a class with one for a method, is replaced by its
+namesake in `solutions.py`, with the imports that this needs. Nothing else changes, so there is one
+source for both versions.
 """
 
 import argparse
@@ -19,7 +20,7 @@ def answers():
     imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     found = {}
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             used = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
             needed = [ast.unparse(one) for one in imports
                       if used & {alias.asname or alias.name for alias in one.names}]
@@ -28,7 +29,10 @@ def answers():
 
 
 def is_stub(node):
-    """Whether a definition only returns `...`, below its docstring and comments."""
+    """Whether a function only returns `...`, below its docstring and comments, or a class has a
+    method that does."""
+    if isinstance(node, ast.ClassDef):
+        return any(is_stub(method) for method in node.body)
     if not isinstance(node, ast.FunctionDef) or not isinstance(node.body[-1], ast.Return):
         return False
     rest = [ast.get_docstring(node) is not None, 1]

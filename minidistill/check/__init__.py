@@ -10,10 +10,10 @@ an exercise made is used afterwards; until it is correct, its namesake in `check
 from minidistill.check import ours
 from minidistill.check._claims import claims
 from minidistill.check._core import report
-from minidistill.check.divergences import chi_squared_conjugate, flipped_weight
+from minidistill.check.divergences import chi_squared_conjugate, energy_loss, flipped_weight, kl_integrand
 from minidistill.check.gradients import best_cover, divergence_weight, reverse_kl_gradient
-from minidistill.check.implicit import gaussian_fisher, pseudo_huber_slope
-from minidistill.check.matching import dmd_gradient, mixture_denoiser
+from minidistill.check.implicit import gaussian_fisher, implicit_loss, pseudo_huber_slope
+from minidistill.check.matching import OwnObjective, dmd_gradient, mixture_denoiser
 from minidistill.check.samplers import ddim_step, gaussian_flow, heun_solver
 from minidistill.check.scores import (
     add_noise,
@@ -44,9 +44,9 @@ __all__ = [
     "class_gradient", "gauge_defect", "velocity", "uniform_time_density",  # 03, 04
     "weighted_denoiser", "aligned_share",  # 05
     "heun_solver", "ddim_step", "gaussian_flow",  # 06, 06b
-    "flipped_weight", "chi_squared_conjugate",  # 07
+    "flipped_weight", "chi_squared_conjugate", "kl_integrand", "energy_loss",  # 07, 07b
     "divergence_weight", "reverse_kl_gradient", "best_cover",  # 08
-    "dmd_gradient", "mixture_denoiser",  # 09
-    "pseudo_huber_slope", "gaussian_fisher",  # 10
+    "dmd_gradient", "OwnObjective", "mixture_denoiser",  # 09
+    "pseudo_huber_slope", "implicit_loss", "gaussian_fisher",  # 10
     "normalised_ratio", "sim_gradient", "c_out", "ema_decay", "mirror", "noise_through", "sid_loss",  # 15 to 17
 ]

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from minidistill.check import ours
 from minidistill.check._core import Case, report
 from minidistill.distributions import GaussianMixture
 from minidistill.divergences import F
@@ -17,12 +19,21 @@ __all__ = ["best_cover", "divergence_weight", "reverse_kl_gradient"]
 def divergence_weight(f: Callable[..., Any]) -> bool:
     """08, exercise 1: f(generator, r) is h(r) = r^2 f''(r) of a convex function of tensors at the ratios r, (n,)."""
     r = torch.tensor([0.2, 0.7, 1.0, 1.5, 4.0])
+
+    def slope(generator: Callable[..., Any], at: Tensor) -> Tensor:
+        at = at.detach().requires_grad_()
+        return torch.autograd.grad(generator(at).sum(), at)[0]
+
     return report(1, f, [
         ("f = -log r", (lambda u: -u.log(), r), torch.ones(5)),
         ("f = (r - 1)^2", (F["pearson"].f, r), 2 * r**2),
         ("f = (r - 1)^4", (lambda u: (u - 1) ** 4, r), 12 * r**2 * (r - 1) ** 2),
         ("Jensen-Shannon", (F["jensen_shannon"].f, r), r / (2 * (r + 1))),
-    ])
+    ], hints={
+        "the factor r^2 is missing": lambda f, r: ours.divergence_weight(f, r) / r**2,
+        "f'' is the second derivative; that is r^2 f'": lambda f, r: r**2 * slope(f, r),
+        "the factor is r^2, not r": lambda f, r: ours.divergence_weight(f, r) / r,
+    })
 
 
 def reverse_kl_gradient(f: Callable[..., Any]) -> bool:
@@ -38,7 +49,19 @@ def reverse_kl_gradient(f: Callable[..., Any]) -> bool:
         score = lambda x, p=p: p.score(x[:, None])[:, 0]  # noqa: E731
         gap = -z / std - score(mean + std * z)
         cases.append((title, (score, mean, std, z), torch.stack([gap.mean(), (gap * z).mean()])))
-    return report(2, f, cases)
+
+    def at_z(score: Any, mean: float, std: float, z: Tensor) -> Tensor:
+        gap = -z / std - score(z)
+        return torch.stack([gap.mean(), (gap * z).mean()])
+
+    return report(2, f, cases, hints={
+        "KL(q || p) falls along s_p - s_q, so that its gradient has the other sign":
+            lambda s, m, sd, z: -ours.reverse_kl_gradient(s, m, sd, z),
+        "s_q at mean + std z is -z / std": lambda s, m, sd, z: torch.stack(
+            [(-z - s(m + sd * z)).mean(), ((-z - s(m + sd * z)) * z).mean()]),
+        "take the teacher's score at the samples mean + std z, not at z": at_z,
+        "dx / d std is z, not 1": lambda s, m, sd, z: ours.reverse_kl_gradient(s, m, sd, z)[[0, 0]],
+    })
 
 
 def best_cover(f: Callable[..., Any]) -> bool:
@@ -52,4 +75,9 @@ def best_cover(f: Callable[..., Any]) -> bool:
         m, s, w = torch.tensor(means), torch.tensor(stds), torch.tensor(weights)
         p = GaussianMixture(m[:, None], s, w)
         cases.append((title, (m, s, w), [float(p.mean), p.sigma_data]))
-    return report(3, f, cases)
+    return report(3, f, cases, hints={
+        "the standard deviation is the root of the variance":
+            lambda m, s, w: ours.best_cover(m, s, w) ** torch.tensor([1, 2]),
+        "the modes' own variances are missing": lambda m, s, w: ours.best_cover(m, 0 * s, w),
+        "how far the modes lie apart counts too": lambda m, s, w: torch.stack([(w * m).sum(), (w * s**2).sum().sqrt()]),
+    })

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -15,14 +16,18 @@ from torch import Tensor
 
 from minidistill import score_matching as sm
 from minidistill import training
-from minidistill.distillation.batch import dmd_scale
+from minidistill.distillation.batch import Batch, dmd_scale
+from minidistill.distillation.objectives import fake_loss, ratio_loss
 from minidistill.distributions import GaussianMixture
 from minidistill.samplers.ode import heun_step
 from minidistill.teachers.closed_form import GaussianTeacher
 
 __all__ = [
-    "add_noise", "best_share", "ddim_step", "denoising_loss", "distillation_loop", "euler_step", "gaussian_flow",
-    "heun_solver", "mixture_score", "one_call", "score_gap", "stein_trace", "training_loop", "tweedie",
+    "OwnObjective", "add_noise", "best_cover", "best_share", "chi_squared_conjugate", "ddim_step", "denoising_loss",
+    "distillation_loop", "divergence_weight", "dmd_gradient", "energy_loss", "euler_step", "flipped_weight",
+    "gaussian_fisher", "gaussian_flow", "heun_solver", "implicit_loss", "kl_integrand", "mixture_denoiser",
+    "mixture_score", "one_call", "pseudo_huber_slope", "reverse_kl_gradient", "score_gap", "stein_trace",
+    "training_loop", "tweedie",
 ]
 
 Denoise = Callable[..., Tensor]
@@ -140,3 +145,108 @@ def gaussian_flow(
 ) -> Tensor:
     """The probability flow of N(mean, U diag(variances) U'), with U = axes, from level sigma to `after`, (n, d)."""
     return GaussianTeacher.from_moments(mean, (axes * variances) @ axes.T).flow(x, sigma, after)
+
+
+# ------------------------------------------------- 07_divergences
+
+def flipped_weight(weight: Callable[[Tensor], Tensor], r: Tensor) -> Tensor:
+    """The weight at r, (n,), of the divergence with p and q exchanged: h°(u) = u h(1 / u)."""
+    return r * weight(1 / r)
+
+
+def chi_squared_conjugate(u: Tensor) -> Tensor:
+    """sup over r >= 0 of u r - (r - 1)^2, (n,)."""
+    best = (1 + u / 2).clamp(min=0)
+    return u * best - (best - 1).square()
+
+
+def kl_integrand(p_x0: Tensor, q_x0: Tensor, sigma: Tensor) -> Tensor:
+    """|D_p - D_q|^2 / sigma^2, (n,): what samples of p_sigma contribute to KL(p || q) per unit of ln sigma."""
+    return (p_x0 - q_x0).square().sum(1) / sigma.square()
+
+
+# ------------------------------------------------- 07b_from_samples
+
+def energy_loss(first: Tensor, second: Tensor, y: Tensor, alpha: float) -> Tensor:
+    """E|X - y|^alpha - E|X - X'|^alpha / 2 from two draws, (n,): first, second and y (n, d)."""
+    to_data = ((first - y).norm(dim=1) ** alpha + (second - y).norm(dim=1) ** alpha) / 2
+    return to_data - (first - second).norm(dim=1) ** alpha / 2
+
+
+# ------------------------------------------------- 08_from_divergence_to_gradient
+
+def divergence_weight(f: Callable[[Tensor], Tensor], r: Tensor) -> Tensor:
+    """h(r) = r^2 f''(r), (n,), of any differentiable f."""
+    at = r.detach().requires_grad_()
+    slope = torch.autograd.grad(f(at).sum(), at, create_graph=True)[0]
+    return r.detach().square() * torch.autograd.grad(slope.sum(), at)[0]
+
+
+def reverse_kl_gradient(score_p: Callable[[Tensor], Tensor], mean: Any, std: Any, z: Tensor) -> Tensor:
+    """The mean of (s_q - s_p)(x) d x / d (mean, std), (2,), at x = mean + std z, z (n,)."""
+    gap = -z / std - score_p(mean + std * z)
+    return torch.stack([gap.mean(), (gap * z).mean()])
+
+
+def best_cover(means: Tensor, stds: Tensor, weights: Tensor) -> Tensor:
+    """Mean and standard deviation, (2,), of a mixture on the line, all three (k,)."""
+    mean = (weights * means).sum()
+    variance = (weights * (stds.square() + (means - mean).square())).sum()
+    return torch.stack([mean, variance.sqrt()])
+
+
+# ------------------------------------------------- 09_distribution_matching
+
+def dmd_gradient(x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor) -> Tensor:
+    """The loss's gradient in x0, (n, d): fake less teacher, over how far the teacher moves each sample."""
+    return (fake_x0 - teacher_x0) * dmd_scale(x0, teacher_x0)
+
+
+class OwnObjective:
+    """Distribution matching with any weight h, a function of ratios (n,), at DMD's scale."""
+
+    needs_ratio = True
+
+    def __init__(self, weight: Callable[[Tensor], Tensor]) -> None:
+        self.weight = weight
+
+    def critic_loss(self, batch: Batch) -> Tensor:
+        """The fake network's denoising loss and the ratio network's logistic one, (n,)."""
+        return fake_loss(batch) + ratio_loss(batch)
+
+    def generator_loss(self, batch: Batch) -> Tensor:
+        """-pull . x0, (n,), the pull held constant."""
+        assert batch.ratio is not None
+        with torch.no_grad():
+            teacher_x0, fake_x0 = batch.denoise_both(batch.xt)
+            log_ratio = batch.ratio(batch.xt, batch.sigma, batch.label).clamp(-5, 5)
+            gradient = self.weight(log_ratio.exp())[:, None] * dmd_gradient(batch.x0, teacher_x0, fake_x0)
+        return (gradient * batch.x0).sum(1)
+
+
+def mixture_denoiser(teacher_x0: Tensor, fake_x0: Tensor, log_ratio: Tensor, alpha: float) -> Tensor:
+    """E[x0 | x] of alpha p + (1 - alpha) q, (n, d): the mean of both, by the probability that x came from p."""
+    rho = torch.sigmoid(log_ratio + math.log(alpha / (1 - alpha)))[:, None]
+    return rho * teacher_x0 + (1 - rho) * fake_x0
+
+
+# ------------------------------------------------- 10_score_implicit_matching
+
+def pseudo_huber_slope(y: Tensor, c: float) -> Tensor:
+    """d'(y), (n, d), of d(y) = sqrt(|y|^2 + c^2) - c, one for each row of y."""
+    return y / (y.square().sum(1, keepdim=True) + c**2).sqrt()
+
+
+def implicit_loss(
+    x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, value: Callable[[Tensor], Tensor],
+    slope: Callable[[Tensor], Tensor], alpha: float,
+) -> Tensor:
+    """2 (1 - alpha) d(y) - d'(y) . (D_q - x0), (n,), with y = D_q - D_p."""
+    y = fake_x0 - teacher_x0
+    return 2 * (1 - alpha) * value(y) - (slope(y) * (fake_x0 - x0)).sum(1)
+
+
+def gaussian_fisher(mean_p: Any, std_p: Any, mean_q: Any, std_q: Any, sigma: Any) -> Any:
+    """E (s_p - s_q)^2 over q_sigma, for two Gaussians on the line with noise sigma on both."""
+    p, q = std_p**2 + sigma**2, std_q**2 + sigma**2
+    return q * (1 / q - 1 / p) ** 2 + ((mean_p - mean_q) / p) ** 2

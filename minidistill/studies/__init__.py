@@ -6,6 +6,7 @@
     digits.py       every objective on real digits, over several seeds
     rows.py         how the last two keep their rows
     classifier.py   the stored CIFAR-10 classifier, made again
+    soft_labels.py  many small classifiers at once, which learn from labels or from logits
     spawned.py      what their worker processes must not do
 """
 

@@ -51,6 +51,17 @@ def _without_zero_grad(loss, optimizer, steps):
     return losses
 
 
+def _objective(loss):
+    """An objective whose generator_loss is a function of it and the batch."""
+    return type("Objective", (solutions.OwnObjective,), {"generator_loss": loss})
+
+
+def _with_graph(self, batch):
+    fake_x0, teacher_x0 = batch.fake(batch.xt, batch.sigma), batch.teacher(batch.xt, batch.sigma)
+    h = self.weight(batch.ratio(batch.xt, batch.sigma).clamp(-5, 5).exp())[:, None]
+    return (h * solutions.dmd_gradient(batch.x0, teacher_x0, fake_x0) * batch.x0).sum(1)
+
+
 WRONG: dict[str, list[Callable[..., Any]]] = {
     "one_call": [lambda d, z, s: d(z, s), lambda d, z, s: s * z - s * (s * z - d(s * z, s))],
     "score_gap": [lambda p, q, s: (q - p) / s[:, None] ** 2, lambda p, q, s: (p - q) / s[:, None]],
@@ -114,6 +125,14 @@ WRONG: dict[str, list[Callable[..., Any]]] = {
     "chi_squared_conjugate": [
         lambda u: u + u**2 / 4, lambda u: (u + u**2 / 4).clamp(min=0), lambda u: u + u**2 / 2,
     ],
+    "kl_integrand": [
+        lambda p, q, s: (p - q).square().sum(1), lambda p, q, s: solutions.kl_integrand(p, q, s) / s,
+        lambda p, q, s: (p - q).square().mean(1) / s**2,
+    ],
+    "energy_loss": [
+        lambda a, b, y, alpha: (a - y).norm(dim=1) ** alpha - (a - b).norm(dim=1) ** alpha / 2,
+        lambda a, b, y, alpha: solutions.energy_loss(a, b, y, 1.0), lambda *a: -solutions.energy_loss(*a),
+    ],
     "divergence_weight": [
         lambda f, r: solutions.divergence_weight(f, r) / r**2, lambda f, r: solutions.divergence_weight(f, 1 / r),
         lambda f, r: -solutions.divergence_weight(f, r),
@@ -132,6 +151,11 @@ WRONG: dict[str, list[Callable[..., Any]]] = {
         lambda x, p, q: q - p, lambda x, p, q: -solutions.dmd_gradient(x, p, q),
         lambda x, p, q: (q - p) / (x - p).abs().sum(1, keepdim=True), lambda x, p, q: (q - p) / (x - p).abs().mean(),
     ],
+    "OwnObjective": [
+        _objective(lambda self, batch: -solutions.OwnObjective(self.weight).generator_loss(batch)),
+        _objective(lambda self, batch: solutions.OwnObjective(torch.ones_like).generator_loss(batch)),
+        _objective(_with_graph),
+    ],
     "mixture_denoiser": [
         lambda p, q, l, a: a * p + (1 - a) * q, lambda p, q, l, a: solutions.mixture_denoiser(p, q, -l, a),
         lambda p, q, l, a: solutions.mixture_denoiser(q, p, l, a),
@@ -140,6 +164,11 @@ WRONG: dict[str, list[Callable[..., Any]]] = {
     "pseudo_huber_slope": [
         lambda y, c: y / (y**2 + c**2).sqrt(), lambda y, c: y / (y.norm(dim=1, keepdim=True) + c),
         lambda y, c: 2 * solutions.pseudo_huber_slope(y, c),
+    ],
+    "implicit_loss": [
+        lambda x0, p, q, d, slope, a: solutions.implicit_loss(x0, q, p, d, slope, a),
+        lambda x0, p, q, d, slope, a: solutions.implicit_loss(x0, p, q, d, slope, 1.0),
+        lambda x0, p, q, d, slope, a: -solutions.implicit_loss(x0, p, q, d, slope, a),
     ],
     "gaussian_fisher": [
         lambda mp, sp, mq, sq, s: solutions.gaussian_fisher(mq, sq, mp, sp, s),
