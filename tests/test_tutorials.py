@@ -117,6 +117,16 @@ def test_every_stub_has_an_answer_and_the_other_way_round():
     assert stubs == known
 
 
+def test_a_class_with_one_stub_for_a_method_is_filled_in():
+    source = "class Own:\n    a = 1\n\n    def loss(self, batch):\n        return ...\n\n\nprint(Own.a)"
+    answer = "class Own:\n    def loss(self, batch):\n        return 2"
+    filled, names = solve.solved(source, {"Own": answer})
+    assert names == ["Own"]
+    assert filled == answer + "\n\n\nprint(Own.a)"
+    whole = source.replace("...", "3")
+    assert solve.solved(whole, {"Own": answer}) == (whole, [])
+
+
 # ------------------------------------------------- claims
 
 def test_the_ledger_is_up_to_date():

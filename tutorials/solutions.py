@@ -18,9 +18,9 @@ PREDICTIONS = {
         yet. At 5 all modes have melted into one, whose mean and width tell of lost or moved mass,
         while the shape of each mode is no longer seen.""",
     "07b": """E|X - y|^2 is the squared bias plus the variance of X, and E|X - X'|^2 / 2 is that
-        variance too. They cancel, so at alpha = 2 only the mean is trained: the samples keep about
-        the shape that they started with, around the ring's centre. At 0.5 and 1.9 the ring is
-        found, at 1.9 slowly, since nearly all of the spread cancels.""",
+        variance too. They cancel, so at alpha = 2 only the mean is trained: the samples have some
+        shape that nobody asked for, around the ring's centre. At 0.5 and 1.9 the ring is found, at
+        1.9 slowly, since nearly all of the spread cancels.""",
     "08": """Two end across both modes: the wide start, and the one in the middle, which widens
         although it is nearer to the right mode than to the left. Reverse KL has a shallow minimum
         there. The other two end on the mode beside which they started, also on the lighter one.

@@ -73,7 +73,7 @@ def gaussian_fisher(f: Callable[..., Any]) -> bool:
         law = torch.exp(-(x - mean_q).square() / (2 * q))
         return float((law * gap.square()).sum() / law.sum())
 
-    return report(2, f, [
+    return report(3, f, [
         (title, arguments, integral(*arguments)) for title, arguments in (
             ("equal Gaussians", (0.5, 0.8, 0.5, 0.8, 0.3)),
             ("the student shifted, without noise", (0.0, 1.0, 2.0, 1.0, 0.0)),

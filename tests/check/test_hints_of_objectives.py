@@ -1,0 +1,64 @@
+"""Foreseeable mistakes in the exercises of notebooks 07 to 10 get the sentence that explains them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from minidistill import check
+from minidistill.check import ours
+
+
+def _objective(loss):
+    return type("Objective", (ours.OwnObjective,), {"generator_loss": loss})
+
+
+def _pull(self, batch):
+    h = self.weight(batch.ratio(batch.xt, batch.sigma).clamp(-5, 5).exp())[:, None]
+    fake_x0, teacher_x0 = batch.fake(batch.xt, batch.sigma), batch.teacher(batch.xt, batch.sigma)
+    return h * (fake_x0 - teacher_x0) / (batch.x0 - teacher_x0).abs().mean(1, keepdim=True)
+
+
+def _without_scale(self, batch):
+    with torch.no_grad():
+        h = self.weight(batch.ratio(batch.xt, batch.sigma).clamp(-5, 5).exp())[:, None]
+        pull = h * (batch.fake(batch.xt, batch.sigma) - batch.teacher(batch.xt, batch.sigma))
+    return (pull * batch.x0).sum(1)
+
+
+MISTAKES: list[tuple[str, Callable[..., Any], str]] = [
+    ("flipped_weight", lambda h, r: h(1 / r), "a factor r is missing"),
+    ("chi_squared_conjugate", lambda u: u + u**2 / 4, "clamp it at 0"),
+    ("kl_integrand", lambda p, q, s: (p - q).square().sum(1) * s**2, "sigma^4"),
+    ("energy_loss", lambda a, b, y, alpha: ours.energy_loss(a, b, y, alpha) - (a - b).norm(dim=1) ** alpha / 2, "1/2"),
+    ("divergence_weight", lambda f, r: ours.divergence_weight(f, r) / r**2, "r^2 is missing"),
+    ("reverse_kl_gradient", lambda s, m, sd, z: -ours.reverse_kl_gradient(s, m, sd, z), "the other sign"),
+    ("best_cover", lambda m, s, w: ours.best_cover(m, 0 * s, w), "own variances"),
+    ("dmd_gradient", lambda x0, p, q: q - p, "the scale is missing"),
+    ("OwnObjective", _objective(lambda self, batch: (_pull(self, batch) * batch.x0).sum(1)), "torch.no_grad()"),
+    ("OwnObjective", _objective(_without_scale), "DMD's scale is missing"),
+    ("OwnObjective", _objective(lambda self, batch: -ours.OwnObjective.generator_loss(self, batch)), "sign is wrong"),
+    ("OwnObjective", _objective(lambda self, batch: ours.OwnObjective.generator_loss(self, batch).mean()),
+     "you return one number"),
+    ("mixture_denoiser", lambda p, q, l, a: ours.mixture_denoiser(q, p, l, a), "exchanged"),
+    ("pseudo_huber_slope", lambda y, c: y / (y**2 + c**2).sqrt(), "the whole row"),
+    ("implicit_loss", lambda x0, p, q, d, slope, a: ours.implicit_loss(x0, p, q, d, slope, a) - (1 - a) * d(q - p),
+     "2 (1 - alpha)"),
+    ("gaussian_fisher", lambda mp, sp, mq, sq, s: ours.gaussian_fisher(mp, sp, mq, sq, 0.0), "noise widens both"),
+]
+
+
+@pytest.mark.parametrize(("name", "mistake", "sentence"), MISTAKES)
+def test_a_foreseeable_mistake_is_explained(name, mistake, sentence, capsys):
+    assert getattr(check, name)(mistake) is False
+    line = capsys.readouterr().out
+    assert "Hint: " in line
+    assert sentence in line.split("Hint: ")[1]
+
+
+def test_an_objectives_own_line_is_told(capsys):
+    assert check.OwnObjective(_objective(lambda self, batch: batch.nothing)) is False
+    assert "`" in capsys.readouterr().out.split("raised AttributeError")[1]
+    assert check.OwnObjective(_objective(lambda self, batch: ...)) is False
+    assert "not attempted yet" in capsys.readouterr().out
