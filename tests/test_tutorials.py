@@ -2,7 +2,9 @@
 ledger of claims, the references and the page of symptoms are true of the notebooks as they stand."""
 
 import ast
+import base64
 import importlib.util
+import io
 import json
 import os
 import re
@@ -11,7 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from minidistill import check
 from minidistill.check._claims import slug
@@ -147,6 +151,23 @@ def test_claims_have_five_columns_and_numbers(path):
     for claim, source, criterion, measured, holds in rows:
         assert all((claim, source, criterion, holds))
         assert re.search(r"\d", measured), f"{claim}: no number measured"
+
+
+def test_large_pictures_are_stored_with_fewer_colours(monkeypatch):
+    monkeypatch.syspath_prepend(TUTORIALS)
+    execute = _load("execute")
+    noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+
+    def png(pixels):
+        stored = io.BytesIO()
+        Image.fromarray(pixels).save(stored, "PNG")
+        return base64.b64encode(stored.getvalue()).decode()
+
+    assert execute.smaller(png(noise[:20])) == png(noise[:20])
+    large = png(noise)
+    small = execute.smaller(large)
+    assert len(small) < len(large) / 2
+    assert Image.open(io.BytesIO(base64.b64decode(small))).size == (300, 200)
 
 
 # ------------------------------------------------- pages beside the notebooks
