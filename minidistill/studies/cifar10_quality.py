@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +28,8 @@ from minidistill.metrics.features import Extractor
 from minidistill.networks import Denoiser, Generator
 
 __all__ = [
-    "CALLS", "Measured", "Nearest", "TimeUp", "draw", "judges", "measure", "nearest", "picture_of", "sample",
-    "side_by_side", "tracker", "until",
+    "CALLS", "Measured", "Nearest", "TimeUp", "best_student", "draw", "judges", "measure", "nearest", "picture_of",
+    "sample", "side_by_side", "tracker", "until",
 ]
 
 LEVELS = 18
@@ -139,8 +139,8 @@ def measure(
         reference = _some(images, n_reference, seed)
         for judge in judges(images.shape[-1], device):
             _measure_by(judge, out, models, drawn, reference, None if held is None else _some(held, n, seed), seed)
-        last = list(models)[-1]
-        out.nearest = nearest(last, drawn[last][0][:20], reference, judges(images.shape[-1], device))
+        shown = best_student(out.rows) or next(iter(models))
+        out.nearest = nearest(shown, drawn[shown][0][:20], reference, judges(images.shape[-1], device))
     return out
 
 
@@ -166,6 +166,12 @@ def _measure_by(
             ratio = float(_to_nearest(judge(samples[:COPIES]), real)[0].median() / apart)
             out.copies.append({"model": name, "features": judge.name, "nearest_ratio": ratio,
                                "n": min(COPIES, len(samples)), "n_reference": len(real)})
+
+
+def best_student(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """The model of one call with the smallest Frechet distance in the first feature set; None if there is none."""
+    judged = [row for row in rows if row.get("calls") == 1 and row["features"] == rows[0]["features"]]
+    return min(judged, key=lambda row: row["frechet"])["model"] if judged else None
 
 
 def nearest(name: str, samples: Tensor, reference: Tensor, by: list[Extractor]) -> Nearest:
@@ -203,9 +209,7 @@ def draw(found: Measured, images: Tensor, folder: Path, seen: Mapping[str, int])
         title = f"{name.replace('_', ' ')}: {calls}, {seen.get(name, 0):,} {made}"
         ax = plotting.class_grid(samples.cpu(), names, title=title)
         plotting.save(ax.figure, folder / f"grid_{name}.png")  # type: ignore[arg-type]
-    if students := [row for row in found.rows if row.get("calls") == 1]:
-        judged = [row for row in students if row["features"] == students[0]["features"]]
-        best = min(judged, key=lambda row: row["frechet"])["model"]
+    if best := best_student(found.rows):
         titles = {"teacher": f"teacher: {CALLS} network calls", best: f"student ({best.replace('_', ' ')}): one call"}
         figure = side_by_side({title: found.shown[name].cpu() for name, title in titles.items()})
         plotting.save(figure, folder / "teacher_and_student.png")
