@@ -18,6 +18,7 @@ from minidistill.check.samplers import ddim_step, gaussian_flow, heun_solver
 from minidistill.check.scores import (
     add_noise,
     best_share,
+    bridge_velocity,
     class_gradient,
     denoising_loss,
     distillation_loop,
@@ -41,7 +42,7 @@ __all__ = [
     "one_call", "score_gap", "distillation_loop",  # 00
     "add_noise", "mixture_score", "tweedie", "euler_step", "langevin_share",  # 01
     "denoising_loss", "training_loop", "stein_trace", "best_share",  # 02, 02b
-    "class_gradient", "gauge_defect", "velocity", "uniform_time_density",  # 03, 04
+    "class_gradient", "gauge_defect", "velocity", "uniform_time_density", "bridge_velocity",  # 03, 04, 04b
     "weighted_denoiser", "aligned_share",  # 05
     "heun_solver", "ddim_step", "gaussian_flow",  # 06, 06b
     "flipped_weight", "chi_squared_conjugate", "kl_integrand", "energy_loss",  # 07, 07b

@@ -23,11 +23,11 @@ from minidistill.samplers.ode import heun_step
 from minidistill.teachers.closed_form import GaussianTeacher
 
 __all__ = [
-    "OwnObjective", "add_noise", "best_cover", "best_share", "chi_squared_conjugate", "ddim_step", "denoising_loss",
-    "distillation_loop", "divergence_weight", "dmd_gradient", "energy_loss", "euler_step", "flipped_weight",
-    "gaussian_fisher", "gaussian_flow", "heun_solver", "implicit_loss", "kl_integrand", "mixture_denoiser",
-    "mixture_score", "one_call", "pseudo_huber_slope", "reverse_kl_gradient", "score_gap", "stein_trace",
-    "training_loop", "tweedie",
+    "OwnObjective", "add_noise", "best_cover", "best_share", "bridge_velocity", "chi_squared_conjugate",
+    "class_gradient", "ddim_step", "denoising_loss", "distillation_loop", "divergence_weight", "dmd_gradient",
+    "energy_loss", "euler_step", "flipped_weight", "gauge_defect", "gaussian_fisher", "gaussian_flow", "heun_solver",
+    "implicit_loss", "kl_integrand", "mixture_denoiser", "mixture_score", "one_call", "pseudo_huber_slope",
+    "reverse_kl_gradient", "score_gap", "stein_trace", "training_loop", "tweedie", "uniform_time_density", "velocity",
 ]
 
 Denoise = Callable[..., Tensor]
@@ -123,6 +123,35 @@ def stein_trace(field: Callable[[Tensor], Tensor], x: Tensor, noise: Tensor, rad
 def best_share(target: float, denoising: float, covariance: float) -> float:
     """The share of the first in the mix of two unbiased targets that varies least."""
     return (denoising - covariance) / (target + denoising - 2 * covariance)
+
+
+# ------------------------------------------------- 03_conditional_and_curl_free
+
+def class_gradient(W: Tensor, probabilities: Tensor, label: Tensor) -> Tensor:
+    """The gradient (n, d) in x of log softmax(W x + b)[label]: the label's row of W less the mean row."""
+    return W[label] - probabilities @ W
+
+
+def gauge_defect(jacobian: Tensor, r: Tensor, score: Tensor) -> Tensor:
+    """div r + r . score, (n,), which is 0 where adding r to the score leaves the density as it is."""
+    return jacobian.diagonal(dim1=1, dim2=2).sum(1) + (r * score).sum(1)
+
+
+# ------------------------------------------------- 04_processes
+
+def velocity(x: Tensor, x0: Tensor, alpha: Any, sigma: Any, d_alpha: Any, d_sigma: Any) -> Tensor:
+    """alpha' x0 + sigma' e with the noise e = (x - alpha x0) / sigma that x and x0 imply, (n, d)."""
+    return d_alpha * x0 + d_sigma * (x - alpha * x0) / sigma
+
+
+def uniform_time_density(level: Any) -> Any:
+    """Density of ln level for level = t / (1 - t) and t uniform on [0, 1]: the logistic law, t (1 - t)."""
+    return level / (1 + level) ** 2
+
+
+def bridge_velocity(x0: Tensor, x1: Tensor, z: Tensor, t: Tensor) -> Tensor:
+    """d x_t / dt of x_t = (1 - t) x0 + t x1 + sqrt(t (1 - t)) z, (n, d), for t (n, 1)."""
+    return x1 - x0 + (1 - 2 * t) / (2 * (t * (1 - t)).sqrt()) * z
 
 
 # ------------------------------------------------- 06_samplers

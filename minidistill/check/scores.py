@@ -16,9 +16,9 @@ from minidistill.check._core import Case, Function, points, report
 from minidistill.distributions import GaussianMixture, ring
 
 __all__ = [
-    "add_noise", "best_share", "class_gradient", "denoising_loss", "distillation_loop", "euler_step", "gauge_defect",
-    "langevin_share", "mixture_score", "one_call", "score_gap", "stein_trace", "training_loop", "tweedie",
-    "uniform_time_density", "velocity",
+    "add_noise", "best_share", "bridge_velocity", "class_gradient", "denoising_loss", "distillation_loop",
+    "euler_step", "gauge_defect", "langevin_share", "mixture_score", "one_call", "score_gap", "stein_trace",
+    "training_loop", "tweedie", "uniform_time_density", "velocity",
 ]
 
 
@@ -224,7 +224,12 @@ def class_gradient(f: Function) -> bool:
                           ("in between", x @ W.T)):
         c = logits.softmax(1)
         cases.append((title, (W, c, label), W[label] - c @ W))
-    return report(1, f, cases)
+    return report(1, f, cases, hints={
+        "that is the gradient of the logit; the normaliser has one too": lambda W, c, y: W[y],
+        "the mean row weighs each row of W by its probability": lambda W, c, y: W[y] - W.mean(0),
+        "the logarithm of c, not c itself": lambda W, c, y: (
+            c[torch.arange(len(y)), y][:, None] * (W[y] - c @ W)),
+    })
 
 
 def gauge_defect(f: Function) -> bool:
@@ -237,7 +242,11 @@ def gauge_defect(f: Function) -> bool:
     ):
         r = x @ A.T
         cases.append((title, (A.expand(6, 2, 2), r, score), A.trace() + (r * score).sum(1)))
-    return report(2, f, cases)
+    return report(2, f, cases, hints={
+        "the divergence is the trace of the Jacobian, not the sum of all its entries":
+            lambda J, r, s: J.sum((1, 2)) + (r * s).sum(1),
+        "the product with the score is missing": lambda J, r, s: J.diagonal(dim1=1, dim2=2).sum(1),
+    })
 
 
 def velocity(f: Function) -> bool:
@@ -249,9 +258,36 @@ def velocity(f: Function) -> bool:
             ("EDM", 1.0, 3.0, 0.0, 1.0), ("flow at t = 0.4", 0.6, 0.4, -1.0, 1.0),
             ("a quarter circle", 0.6, 0.8, -0.8, 0.6),
         )
-    ])
+    ], hints={
+        "the noise that x and x0 imply is (x - alpha x0) / sigma: x0 is scaled by alpha":
+            lambda x, x0, a, s, da, ds: da * x0 + ds * (x - x0) / s,
+        "what is left of x is sigma e: divide it by sigma": lambda x, x0, a, s, da, ds: da * x0 + ds * (x - a * x0),
+        "that is flow's velocity, e - x0: the rates are d_alpha and d_sigma":
+            lambda x, x0, a, s, da, ds: (x - a * x0) / s - x0,
+    })
 
 
 def uniform_time_density(f: Function) -> bool:
     """04, exercise 2: f(level) is the density of ln level at level = t / (1 - t) for t uniform on [0, 1]."""
-    return report(2, f, [(f"level = {s:g}", (s,), s / (1 + s) ** 2) for s in (1.0, 0.1, 0.5, 4.0)])
+    return report(2, f, [(f"level = {s:g}", (s,), s / (1 + s) ** 2) for s in (1.0, 0.1, 0.5, 4.0)], hints={
+        "that is the density of the level; ln level's is `level` times as large": lambda s: 1 / (1 + s) ** 2,
+        "that is t itself, the share of levels below": lambda s: s / (1 + s),
+        "divide by d ln level / dt = 1 / t + 1 / (1 - t), do not multiply": lambda s: (1 + s) ** 2 / s,
+    })
+
+
+def bridge_velocity(f: Function) -> bool:
+    """04b, exercise 1: f(x0, x1, z, t) is d x_t / dt of x_t = (1 - t) x0 + t x1 + sqrt(t (1 - t)) z for t (n, 1)."""
+    x0, x1, z, times = points(6), points(6, seed=1), points(6, seed=2), torch.tensor([0.1, 0.3, 0.5, 0.6, 0.8, 0.95])
+    return report(1, f, [
+        (title, (x0, x1, z, t[:, None]), ours.bridge_velocity(x0, x1, z, t[:, None]))
+        for title, t in (("t = 0.5", torch.full((6,), 0.5)), ("t = 0.2", torch.full((6,), 0.2)), ("many times", times))
+    ], hints={
+        "gamma depends on t too: add its derivative times z": lambda x0, x1, z, t: x1 - x0,
+        "gamma itself is not its derivative": lambda x0, x1, z, t: x1 - x0 + (t * (1 - t)).sqrt() * z,
+        "that is the derivative of gamma^2; gamma's is that over 2 gamma": lambda x0, x1, z, t: (
+            x1 - x0 + (1 - 2 * t) * z),
+        "the derivative of a square root has a 2 below": lambda x0, x1, z, t: (
+            x1 - x0 + (1 - 2 * t) / (t * (1 - t)).sqrt() * z),
+        "t runs from x0 to x1": lambda x0, x1, z, t: ours.bridge_velocity(x1, x0, z, t),
+    })

@@ -100,6 +100,7 @@ WRONG: dict[str, list[Callable[..., Any]]] = {
         lambda x, x0, a, s, da, ds: -solutions.velocity(x, x0, a, s, da, ds),
     ],
     "uniform_time_density": [lambda s: 1 / (1 + s) ** 2, lambda s: s / (1 + s)],
+    "bridge_velocity": [lambda x0, x1, z, t: x1 - x0, lambda x0, x1, z, t: x1 - x0 + (1 - 2 * t) * z],
     "weighted_denoiser": [
         lambda x, y, w, s: solutions.weighted_denoiser(x, y, 0 * w + 1, s),
         lambda x, y, w, s: solutions.weighted_denoiser(x, y, w, s**0.5),
