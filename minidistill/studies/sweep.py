@@ -171,6 +171,11 @@ STUDIES: dict[str, dict[str, Trial]] = {
         "no unit mean": without(unit_mean=False), "none": without(normalise=False),
     },
     "alpha": {f"{alpha:g}": Trial(ScoreIdentity(alpha), **FROM_SIM) for alpha in (0.0, 0.5, 1.0, 1.2)},
+    # The paper's alpha from a student near the data: the first quarter of its run is SIM's.
+    "sid, alpha 1.2": {
+        target: Trial(ScoreIdentity(1.2), target, steps=STEPS * 5 // 3, sim=STEPS * 5 // 12,
+                      options={"learning_rate": 1e-3}) for target in ("ring", "lattice")
+    },
     # Started far from the data; sim_l2 also without its warm-up and clip, from the usual start.
     "displaced": {name: Trial(name, start=displaced) for name in
                   ("reverse_kl", "forward_kl", "jensen_shannon", "sim", "sim_l2", "fisher")},
