@@ -177,6 +177,8 @@ STUDIES: dict[str, dict[str, Trial]] = {
         "no unit mean": without(unit_mean=False), "none": without(normalise=False),
     },
     "alpha": {f"{alpha:g}": Trial(ScoreIdentity(alpha), **FROM_SIM) for alpha in (0.0, 0.5, 1.0, 1.2)},
+    # `sid` as `distill` has it for points, from a new student.
+    "sid, alpha 1": {target: Trial("sid", target) for target in ("ring", "lattice")},
     # Started far from the data; sim_l2 also without its warm-up and clip, from the usual start.
     "displaced": {name: Trial(name, start=displaced) for name in
                   ("reverse_kl", "forward_kl", "jensen_shannon", "sim", "sim_l2", "fisher")},

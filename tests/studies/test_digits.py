@@ -103,3 +103,18 @@ def test_its_errors_name_what_is_wanted(tmp_path, capsys):
     assert "--workers" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match=r"take figures/digits from .* or make it: minidistill digits"):
         digits.read(tmp_path)
+
+
+def test_the_stored_rows_are_those_of_the_trials_as_they_are_now():
+    """Every trial with its seeds in order, no other rows, all numbers finite; the teacher beside them, and samples."""
+    stored = digits.read(FIGURES)
+    assert {(row["study"], row["name"]) for row in stored.rows} == set(TRIALS)
+    assert set(stored.points) == {f"{study}: {name}" for study, name in TRIALS}
+    assert (FIGURES / "teacher.safetensors").exists()
+    for study, name in TRIALS:
+        seeds = stored.runs(study, name, "seed")
+        assert seeds == list(range(len(seeds)))
+        assert seeds
+        assert set(stored.runs(study, name, "steps")) == {0 if name == "start" else digits.STEPS}
+        assert stored.samples(study, name).shape == (100, 1, 8, 8)
+    assert all(np.isfinite([v for v in row.values() if isinstance(v, float)]).all() for row in stored.rows)

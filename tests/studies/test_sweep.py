@@ -9,7 +9,7 @@ import torch
 
 from minidistill import metrics
 from minidistill.cli import main
-from minidistill.distillation import OBJECTIVES, Distilled, ScoreOfMixture, draw
+from minidistill.distillation import OBJECTIVES, Distilled, ScoreIdentity, ScoreOfMixture, draw
 from minidistill.distillation.objectives.matching import ratio_loss
 from minidistill.distributions import GaussianMixture
 from minidistill.networks import MLP, Affine, Denoiser, Generator
@@ -47,6 +47,38 @@ def test_where_students_start():
     shares = metrics.mode_coverage(ring, draw(sweep.collapsed(ring, 0), 2000)).shares
     assert shares[0] > 0.9
     assert sum(p.numel() for p in sweep.narrow(ring, 0).parameters()) < 2500
+
+
+@pytest.mark.parametrize("study", ["from the teacher, ring", "from the teacher, lattice"])
+def test_students_that_start_from_the_teachers_weights(study, monkeypatch):
+    """Each is a copy of a teacher that was trained with its seed, read at 1.5 standard deviations of the data; only the
+    objective differs, and all three alphas of SiD are there."""
+    seen = {}
+
+    class Stop(Exception):
+        pass
+
+    def start(teacher, generator, objective, **options):
+        seen[name] = teacher, generator, {key: options[key] for key in ("critic_steps", "learning_rate")}
+        assert options["data"].shape == (100_000, 2)
+        raise Stop
+
+    monkeypatch.setattr(sweep, "distill", start)
+    monkeypatch.setattr(sweep, "N", 300)
+    for name in sweep.STUDIES[study]:
+        with pytest.raises(Stop):
+            sweep.run(study, name, 3, at_most=2)
+    teachers = {id(teacher) for teacher, _, _ in seen.values()}
+    assert len(teachers) == 1  # trained once
+    for teacher, generator, options in seen.values():
+        assert generator.denoiser is not teacher
+        assert generator.sigma_init == pytest.approx(1.5 * teacher.sigma_data)
+        for own, copied in zip(teacher.parameters(), generator.denoiser.parameters(), strict=True):
+            assert torch.equal(own, copied)
+        assert options == {"critic_steps": 5, "learning_rate": 5e-4}
+    alphas = [trial.objective.alpha for trial in sweep.STUDIES[study].values()
+              if isinstance(trial.objective, ScoreIdentity)]
+    assert alphas == [0.5, 1.0, 1.2]
 
 
 def exact_student():
