@@ -52,7 +52,7 @@ PREDICTIONS = {
         trace, the slices with variance reduction, LCSS, plain slices. Denoising and target come
         last, each spoiled by one end of the range. Without the levels below 0.1 the target of
         denoising is no longer so noisy: it passes LCSS and plain slices and nearly reaches the
-        exact trace (0.28 against 0.26, over the levels from 0.1 on; one seed). Target is last.""",
+        exact trace (0.28 against 0.26 at levels from 0.1 on, one seed). Target is still last.""",
 }
 
 
