@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -100,7 +101,7 @@ def _mismatch(got: Any, expected: Any, rtol: float, atol: float) -> str:
 
 def _shape_hint(got: Any, expected: Any) -> str:
     want = tuple(torch.as_tensor(expected).shape)
-    have = tuple(getattr(got, "shape", ()))
+    have = tuple(np.shape(got))  # of lists too
     if len(want) == 1 and have == (*want, 1):
         return "one dimension too many: leave keepdim=True out, or drop the last one"
     if want and have == ():

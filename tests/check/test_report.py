@@ -93,7 +93,7 @@ def test_tolerance(capsys):
         ("euler_step", lambda D, x, s, t: x + (s - t) * (x - D(x, s)) / s, "which is negative"),
         ("denoising_loss", lambda D, x0, s, e: (D(x0, s) - x0).square().mean(1), "on the noised"),
         ("denoising_loss", lambda D, x0, s, e: (D(x0 + s[:, None] * e, s) - x0).square().sum(1), "a factor 2"),
-        ("training_loop", lambda loss, optimizer, n: [float(loss()) for _ in range(n)], "optimizer.step()"),
+        ("training_loop", lambda loss, optimizer, n: [loss().item() for _ in range(n)], "optimizer.step()"),
         ("distillation_loop", lambda p, student, fake, n, rng: student, "do the fake network's weights move"),
     ],
 )

@@ -82,7 +82,7 @@ WRONG: dict[str, list[Callable[..., Any]]] = {
         lambda D, x0, s, e: (D(x0, s) - x0).square().mean(1),
         lambda D, x0, s, e: (D(x0 + s[:, None] * e, s) - x0).square().sum(1),
     ],
-    "training_loop": [_without_zero_grad, lambda loss, optimizer, steps: [float(loss()) for _ in range(steps)]],
+    "training_loop": [_without_zero_grad, lambda loss, optimizer, steps: [loss().item() for _ in range(steps)]],
     "stein_trace": [
         lambda f, x, e, r: (e * f(x + r * e)).sum(1) / r, lambda f, x, e, r: (e * (f(x + r * e) - f(x))).sum(1) / r**2,
         lambda f, x, e, r: (e * (f(x + r * e) - f(x))).mean(1) / r,

@@ -208,15 +208,24 @@ def test_networks_of_the_students():
 
 
 
+#: Trials that are still being run: (study, name), or a whole study.
+UNDER_WAY = {("lattice", "dmd2"), ("lattice", "f_distill"), "sid, alpha 1", "from the teacher, ring",
+             "from the teacher, lattice"}
+
+
 def test_the_stored_rows_are_those_of_the_trials_as_they_are_now():
-    """Every trial has three seeds or more, in order; no other rows; all numbers finite, samples too."""
+    """Every trial has three seeds or more, in order, but for those under way; no other rows; all numbers finite,
+    samples too."""
     stored = sweep.read(Path(__file__).parents[2] / "figures" / "sweep")
-    assert {(row["study"], row["name"]) for row in stored.rows} == set(TRIALS)
-    assert set(stored.points) == {f"{study}: {name}" for study, name in TRIALS}
-    for study, name in TRIALS:
+    there = {(row["study"], row["name"]) for row in stored.rows}
+    assert there <= set(TRIALS)
+    assert set(stored.points) == {f"{study}: {name}" for study, name in there}
+    finished = [(study, name) for study, name in TRIALS if not {study, (study, name)} & UNDER_WAY]
+    assert set(finished) <= there
+    for study, name in there:
         seeds = stored.runs(study, name, "seed")
         assert seeds == list(range(len(seeds)))
-        assert len(seeds) >= 3
+        assert len(seeds) >= 3 or (study, name) not in finished
         assert set(stored.runs(study, name, "steps")) == {sweep.STUDIES[study][name].steps}
         assert stored.samples(study, name).isfinite().all()
     assert all(np.isfinite([v for v in row.values() if isinstance(v, float)]).all() for row in stored.rows)
