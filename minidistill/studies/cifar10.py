@@ -8,15 +8,14 @@ the same command runs in the background of a laptop.
     settings   what was asked for               stages    teacher, student, evaluate, or all of them
     going on   from a state, or from weights    records   a line in results.json for each stage
 
-What is measured, and on what, is in `cifar10_quality.py`.
+What is measured, and on what, is in `cifar10_quality.py`, and which way to run a step is the fastest in
+`cifar10_speed.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,8 +31,8 @@ from minidistill import _validate, data, plotting, teachers, training
 from minidistill.distillation import OBJECTIVES, Diagnosis, Needs, Objective, ScoreIdentity, distill
 from minidistill.metrics import evaluation
 from minidistill.networks import Denoiser, Generator, unet
-from minidistill.score_matching import denoising_loss, edm_weight, log_normal_sigma
 from minidistill.studies import cifar10_quality as quality
+from minidistill.studies.cifar10_speed import SPEEDS, fastest, hardware, throughput, without_compiling
 from minidistill.training import Speed, checkpoints
 
 __all__ = [
@@ -41,15 +40,8 @@ __all__ = [
 ]
 
 ENDLESS = 10**9  # images: the learning rate stays constant, and the average of the weights does the annealing
-SPEEDS = {
-    "float32": Speed(),
-    "bfloat16": Speed("bfloat16"),
-    "bfloat16, channels last": Speed("bfloat16", channels_last=True),
-    "bfloat16, channels last, compiled": Speed("bfloat16", channels_last=True, compile=True),
-}
 #: What a student may be trained by: every objective, and SiD at the alpha that needs no luck.
 STUDENTS: dict[str, Objective] = {**OBJECTIVES, "sid_alpha_1": ScoreIdentity(alpha=1.0)}
-PATIENCE = 60  # seconds, for a way to run a training step to be tried
 
 
 # ---------------------------------------------------------------------------------- settings
@@ -131,7 +123,7 @@ def cifar10(a: argparse.Namespace) -> None:
     images, labels = _images(s)
     if s.stage in ("student", "evaluate"):
         _teacher_of(s)  # an error now, if there is none
-    speed = _fastest(s, images, labels) if s.stage != "evaluate" else SPEEDS["float32"]
+    speed = _speed(s, images, labels) if s.stage != "evaluate" else SPEEDS["float32"]
     training_ends = end - 60 * s.reserve  # each stage makes at least one step
     if s.stage == "teacher":
         _stage_of_teacher(s, images, labels, speed, training_ends)
@@ -139,7 +131,7 @@ def cifar10(a: argparse.Namespace) -> None:
         now = time.monotonic()
         _stage_of_teacher(s, images, labels, speed, now + s.share * (training_ends - now))
     if s.stage in ("student", "all"):
-        _stage_of_student(s, images, labels, _without_compiling(speed), training_ends)
+        _stage_of_student(s, images, labels, without_compiling(speed), training_ends)
     _stage_of_measuring(s, images, end)
 
 
@@ -153,6 +145,13 @@ def _refuse_what_is_dropped(s: Settings) -> None:
     ):
         if dropped and (given := getattr(s, option)) is not None:
             raise ValueError(f"--{option.replace('_', '-')} {given}: {why}; wanted the command without it")
+
+
+def _speed(s: Settings, images: Tensor, labels: Tensor) -> Speed:
+    if s.speed != "try":
+        return SPEEDS[s.speed]
+    where = f"{s.preset} {s.size} patch {s.patch} {s.batch_size} {hardware(s.device)}"
+    return fastest(s.network, where, s.out / "throughput.json", s.batch_size, images, labels, s.device)
 
 
 def _images(s: Settings) -> tuple[Tensor, Tensor]:
@@ -400,78 +399,7 @@ def _command(argv: Sequence[str]) -> str:
     return " ".join(["minidistill", *(word for i, word in enumerate(words) if i not in places)])
 
 
-def hardware(device: str) -> str:
-    """The device in words."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{os.cpu_count()} x {platform.machine()} CPU cores"
-
-
-# ---------------------------------------------------------------------------------- speed
-
-
-def _fastest(s: Settings, images: Tensor, labels: Tensor) -> Speed:
-    """Try each way to run one training step for a few seconds; throughput.json keeps what was found."""
-    if s.speed != "try":
-        return SPEEDS[s.speed]
-    file = s.out / "throughput.json"
-    where = f"{s.preset} {s.size} patch {s.patch} {s.batch_size} {hardware(s.device)}"
-    found = json.loads(file.read_text()).get(where) if file.exists() else None
-    if found is None:
-        # Compiling takes a minute that only a GPU's speed pays back; on CPUs the memory order matters little.
-        tried = SPEEDS if s.device.startswith("cuda") else ("float32", "bfloat16")
-        found = {name: _tried(s, SPEEDS[name], images, labels) for name in tried}
-        with checkpoints.atomic(file) as path:
-            path.write_text(json.dumps({where: found}, indent=1) + "\n")
-    print("images/s: " + ", ".join(f"{name} {rate:.0f}" for name, rate in found.items()), flush=True)
-    return SPEEDS[max(found, key=lambda name: found[name])]
-
-
-def _tried(s: Settings, speed: Speed, images: Tensor, labels: Tensor) -> float:
-    """Images per second; 0 for what does not run here, or takes longer to get going than it could ever save."""
-    rate = 0.0
-    with quality.until(time.monotonic() + PATIENCE):
-        try:
-            rate = throughput(s.network(), speed, s.batch_size, images, labels, s.device)
-        except RuntimeError as error:  # of a compiler that is missing or fails, or of memory that does not suffice
-            print(f"{speed}: {str(error).splitlines()[0]}", flush=True)
-    return rate
-
-
-def _without_compiling(speed: Speed) -> Speed:
-    """A student has three networks to compile, which takes minutes of the few there are."""
-    return Speed(speed.precision, speed.channels_last)
-
-
-def throughput(
-    network: unet.UNet, speed: Speed, batch_size: int, images: Tensor, labels: Tensor, device: str, seconds: float = 4.0
-) -> float:
-    """Images per second of the teacher's training step (forward, backward, Adam), after a warm-up."""
-    model = Denoiser(network.to(device), 0.5)
-    speed.apply(model)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-4, fused=True)
-    rng = training.generator_on(device, 0)
-    x0, label = data.to_float(images[:batch_size].to(device)), labels[:batch_size].to(device)
-
-    def step() -> None:
-        sigma = log_normal_sigma(len(x0), -1.2, 1.2, rng, device)
-        noise = torch.randn(x0.shape, generator=rng, device=device)
-        loss = denoising_loss(model, x0, sigma, noise, label, edm_weight(sigma, 0.5)).mean()
-        training.optimizer_step(loss, optimizer, 1.0)
-
-    def wait() -> None:
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-
-    for _ in range(3):
-        step()
-    wait()
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        step()
-        wait()
-        count += 1
-    return count * len(x0) / (time.perf_counter() - start)
+# ---------------------------------------------------------------------------------- command line
 
 
 def options(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from minidistill import data, training
 from minidistill.cli import main
 from minidistill.metrics import features
 from minidistill.networks import Denoiser, Generator, grow, preset
-from minidistill.studies import cifar10
+from minidistill.studies import cifar10, cifar10_speed
 from minidistill.studies import cifar10_quality as quality
 from minidistill.training import checkpoints
 
@@ -211,7 +211,7 @@ def test_what_does_not_run_is_not_chosen(folder, tmp_path, monkeypatch):
             raise RuntimeError("no such kernel")
         return 5.0
 
-    monkeypatch.setattr(cifar10, "throughput", rate)
+    monkeypatch.setattr(cifar10_speed, "throughput", rate)
     shutil.copy(folder / "teacher.safetensors", tmp_path)
     record = run("teacher", tmp_path, "--speed", "try")
     assert record["speed"] == "float32"
