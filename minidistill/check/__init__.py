@@ -25,10 +25,12 @@ from minidistill.check.scores import (
     euler_step,
     gauge_defect,
     langevin_share,
+    linear_step,
     mixture_score,
     one_call,
     score_gap,
     stein_trace,
+    step_score,
     training_loop,
     tweedie,
     uniform_time_density,
@@ -42,7 +44,8 @@ __all__ = [
     "one_call", "score_gap", "distillation_loop",  # 00
     "add_noise", "mixture_score", "tweedie", "euler_step", "langevin_share",  # 01
     "denoising_loss", "training_loop", "stein_trace", "best_share",  # 02, 02b
-    "class_gradient", "gauge_defect", "velocity", "uniform_time_density", "bridge_velocity",  # 03, 04, 04b
+    "class_gradient", "gauge_defect", "step_score", "linear_step",  # 03, 03b
+    "velocity", "uniform_time_density", "bridge_velocity",  # 04, 04b
     "weighted_denoiser", "aligned_share",  # 05
     "heun_solver", "ddim_step", "gaussian_flow",  # 06, 06b
     "flipped_weight", "chi_squared_conjugate", "kl_integrand", "energy_loss",  # 07, 07b

@@ -31,9 +31,9 @@ def report(
     """Check an exercise of your own: print "exercise NUMBER: " and a verdict in one line; whether it is correct.
 
     Each case is (title, arguments, expected): the function is called with a copy of the arguments, and what it returns
-    has to be numbers, or a tensor, of the expected shape and within `rtol` and `atol` of the expected values. Whatever
-    the function does, nothing is raised. The verdict is "not attempted yet" for a stub that returns `...`, "correct",
-    or what is wrong in the first case that is, with the line in which the function raised.
+    has to be numbers, a tensor, or several tensors of one shape; shaped like what is expected, and within `rtol` and
+    `atol` of it. Whatever the function does, nothing is raised. The verdict is "not attempted yet" for a stub that
+    returns `...`, "correct", or what is wrong in the first case that is, with the line in which the function raised.
 
     `hints` are foreseeable mistakes: a sentence, and the wrong function that it describes; it is printed if that
     function's answers are the learner's in every case. A wrong sign, a constant factor, a power of an argument as
@@ -77,12 +77,15 @@ def _line(f: Function, error: Exception) -> str:
 
 
 def _numbers(value: Any) -> Tensor:
+    """What a function returned, or was to return; several tensors (a mean and a variance, say) stacked."""
+    if isinstance(value, (tuple, list)) and any(isinstance(part, Tensor) for part in value):
+        return torch.stack([_numbers(part) for part in value])
     return torch.as_tensor(value).detach().to("cpu", torch.float64)
 
 
 def _mismatch(got: Any, expected: Any, rtol: float, atol: float) -> str:
     """The first difference in words, or "" if there is none."""
-    want = torch.as_tensor(expected, dtype=torch.float64)
+    want = _numbers(expected)
     try:
         have = _numbers(got)
     except Exception:
@@ -100,7 +103,7 @@ def _mismatch(got: Any, expected: Any, rtol: float, atol: float) -> str:
 # ------------------------------------------------- hints
 
 def _shape_hint(got: Any, expected: Any) -> str:
-    want = tuple(torch.as_tensor(expected).shape)
+    want = tuple(_numbers(expected).shape)
     have = tuple(np.shape(got))  # of lists too
     if len(want) == 1 and have == (*want, 1):
         return "one dimension too many: leave keepdim=True out, or drop the last one"
@@ -113,7 +116,7 @@ def _hint(f: Function, cases: Sequence[Case], hints: Mapping[str, Function], rto
     """The one sentence that explains the answers to all cases, or ""."""
     try:
         answers = [_numbers(f(*_fresh(arguments))) for _, arguments, _ in cases]
-        wanted = [torch.as_tensor(expected, dtype=torch.float64) for _, _, expected in cases]
+        wanted = [_numbers(expected) for _, _, expected in cases]
 
         def same(others: Sequence[Any]) -> bool:
             return all(torch.allclose(have, _numbers(other), rtol=rtol, atol=atol, equal_nan=True)

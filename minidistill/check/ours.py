@@ -26,8 +26,9 @@ __all__ = [
     "OwnObjective", "add_noise", "best_cover", "best_share", "bridge_velocity", "chi_squared_conjugate",
     "class_gradient", "ddim_step", "denoising_loss", "distillation_loop", "divergence_weight", "dmd_gradient",
     "energy_loss", "euler_step", "flipped_weight", "gauge_defect", "gaussian_fisher", "gaussian_flow", "heun_solver",
-    "implicit_loss", "kl_integrand", "mixture_denoiser", "mixture_score", "one_call", "pseudo_huber_slope",
-    "reverse_kl_gradient", "score_gap", "stein_trace", "training_loop", "tweedie", "uniform_time_density", "velocity",
+    "implicit_loss", "kl_integrand", "linear_step", "mixture_denoiser", "mixture_score", "one_call",
+    "pseudo_huber_slope", "reverse_kl_gradient", "score_gap", "step_score", "stein_trace", "training_loop", "tweedie",
+    "uniform_time_density", "velocity",
 ]
 
 Denoise = Callable[..., Tensor]
@@ -135,6 +136,18 @@ def class_gradient(W: Tensor, probabilities: Tensor, label: Tensor) -> Tensor:
 def gauge_defect(jacobian: Tensor, r: Tensor, score: Tensor) -> Tensor:
     """div r + r . score, (n,), which is 0 where adding r to the score leaves the density as it is."""
     return jacobian.diagonal(dim1=1, dim2=2).sum(1) + (r * score).sum(1)
+
+
+# ------------------------------------------------- 03b_nonlinear_drift
+
+def step_score(after: Tensor, before: Tensor, drift: Tensor, g: float, step: float) -> Tensor:
+    """The score (n, d) at `after` of an Euler step from `before`: that of N(before + drift step, g^2 step)."""
+    return -(after - before - drift * step) / (g**2 * step)
+
+
+def linear_step(x: Tensor, drift: Tensor, slope: Tensor, g: float, step: float) -> tuple[Tensor, Tensor]:
+    """Mean and variance, (n, 1) each, after `step` of dx = (drift + slope (x - x_s)) dt + g dW from x_s."""
+    return x + drift * torch.expm1(slope * step) / slope, g**2 * torch.expm1(2 * slope * step) / (2 * slope)
 
 
 # ------------------------------------------------- 04_processes

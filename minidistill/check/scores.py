@@ -17,8 +17,8 @@ from minidistill.distributions import GaussianMixture, ring
 
 __all__ = [
     "add_noise", "best_share", "bridge_velocity", "class_gradient", "denoising_loss", "distillation_loop",
-    "euler_step", "gauge_defect", "langevin_share", "mixture_score", "one_call", "score_gap", "stein_trace",
-    "training_loop", "tweedie", "uniform_time_density", "velocity",
+    "euler_step", "gauge_defect", "langevin_share", "linear_step", "mixture_score", "one_call", "score_gap",
+    "stein_trace", "step_score", "training_loop", "tweedie", "uniform_time_density", "velocity",
 ]
 
 
@@ -246,6 +246,51 @@ def gauge_defect(f: Function) -> bool:
         "the divergence is the trace of the Jacobian, not the sum of all its entries":
             lambda J, r, s: J.sum((1, 2)) + (r * s).sum(1),
         "the product with the score is missing": lambda J, r, s: J.diagonal(dim1=1, dim2=2).sum(1),
+    })
+
+
+def step_score(f: Function) -> bool:
+    """03b, exercise 1: f(after, before, drift, g, step) is the score at `after` of N(before + drift step, g^2 step)."""
+    before, e = points(6), points(6, seed=1)
+    return report(1, f, [
+        (title, (after, before, force, g, step), -(after - before - force * step) / (g**2 * step))
+        for title, force, g, step, after in (
+            ("no drift, g = 1", 0 * before, 1.0, 0.1, before + 0.3 * e),
+            ("a spring", -before, 1.0, 0.1, before + 0.3 * e),
+            ("a spring, g = 0.5, longer", -before, 0.5, 0.4, before + e),
+        )
+    ], hints={
+        "the mean of the step is before + drift step": lambda a, b, f, g, h: -(a - b) / (g**2 * h),
+        "divide by the variance g^2 step, not by the standard deviation":
+            lambda a, b, f, g, h: -(a - b - f * h) / (g * h**0.5),
+        "the noise of a step has the variance g^2 step": lambda a, b, f, g, h: -(a - b - f * h) / (g * h),
+        "the score points from `after` back to the mean: turn the sign": lambda a, b, f, g, h: (
+            (a - b - f * h) / (g**2 * h)),
+    })
+
+
+def linear_step(f: Function) -> bool:
+    """03b, exercise 2: f(x, drift, slope, g, step) is (mean, variance) of dx = (drift + slope (x - x_s)) dt + g dW."""
+    x, force = points(6)[:, :1], points(6, seed=1)[:, :1]
+    down, up = torch.full_like(x, -1.5), torch.linspace(0.5, 2.0, 6)[:, None]
+
+    def euler(x: Tensor, drift: Tensor, slope: Tensor, g: float, step: float) -> tuple[Tensor, Tensor]:
+        return x + drift * step, torch.full_like(x, g**2 * step)
+
+    return report(2, f, [
+        (title, (x, force, slope, g, step), ours.linear_step(x, force, slope, g, step))
+        for title, slope, g, step in (
+            ("a falling drift", down, 1.0, 0.2), ("a rising one, g = 0.5", up, 0.5, 0.4),
+            ("a long step", down, 1.0, 4.0),
+        )
+    ], hints={
+        "that is Euler's step: the drift changes along the way, by slope (x - x_s)": euler,
+        "the variance is wanted, not the standard deviation": lambda x, f, J, g, h: (
+            ours.linear_step(x, f, J, g, h)[0], ours.linear_step(x, f, J, g, h)[1].sqrt()),
+        "the variance grows at the rate 2 slope v + g^2: mind the 2": lambda x, f, J, g, h: (
+            ours.linear_step(x, f, J, g, h)[0], g**2 * torch.expm1(J * h) / J),
+        "the mean starts at x_s": lambda x, f, J, g, h: (
+            ours.linear_step(x, f, J, g, h)[0] - x, ours.linear_step(x, f, J, g, h)[1]),
     })
 
 

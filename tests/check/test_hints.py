@@ -24,6 +24,8 @@ def _heun(denoiser, x, levels, *, level=None, last=True, share=0.5):
 @pytest.mark.parametrize(("name", "answer", "hint"), [
     ("class_gradient", lambda W, c, y: W[y], "the normaliser has one too"),
     ("gauge_defect", lambda J, r, s: J.sum((1, 2)) + (r * s).sum(1), "the trace of the Jacobian"),
+    ("step_score", lambda a, b, f, g, h: -(a - b) / (g**2 * h), "the mean of the step"),
+    ("linear_step", lambda x, f, J, g, h: (x + f * h, 0 * x + g**2 * h), "that is Euler's step"),
     ("velocity", lambda x, x0, a, s, da, ds: da * x0 + ds * (x - x0) / s, "x0 is scaled by alpha"),
     ("bridge_velocity", lambda x0, x1, z, t: x1 - x0, "gamma depends on t too"),
     ("uniform_time_density", lambda s: 1 / (1 + s) ** 2, "that is the density of the level"),

@@ -95,6 +95,15 @@ WRONG: dict[str, list[Callable[..., Any]]] = {
         lambda J, r, s: J.diagonal(dim1=1, dim2=2).sum(1), lambda J, r, s: (r * s).sum(1),
         lambda J, r, s: (J - J.mT).square().sum((1, 2)),
     ],
+    "step_score": [
+        lambda a, b, f, g, h: (a - b - f * h) / (g**2 * h), lambda a, b, f, g, h: -(a - b) / (g**2 * h),
+        lambda a, b, f, g, h: -(a - b - f * h) / h,
+    ],
+    "linear_step": [
+        lambda x, f, J, g, h: (x + f * h, 0 * x + g**2 * h),
+        lambda x, f, J, g, h: (solutions.linear_step(x, f, J, g, h)[0], solutions.linear_step(x, f, J, g, h)[1] ** 0.5),
+        lambda x, f, J, g, h: solutions.linear_step(x, f, J, g, h)[::-1],
+    ],
     "velocity": [
         lambda x, x0, a, s, da, ds: da * x0 + ds * x, lambda x, x0, a, s, da, ds: da * x0 + ds * (x - x0) / s,
         lambda x, x0, a, s, da, ds: -solutions.velocity(x, x0, a, s, da, ds),
