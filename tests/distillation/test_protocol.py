@@ -315,6 +315,26 @@ def test_the_drift_vanishes_between_equal_laws_and_the_loss_follows_it():
     assert pull[0] > 10 * pull[1].abs()
 
 
+def test_each_class_drifts_by_itself():
+    x, real = normal(8, 2), normal(9, 2, seed=1)
+    label, real_label = torch.tensor([0, 0, 0, 1, 1, 1, 2, 3]), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2])
+    whole = drift(x, real, (0.5,), label, real_label)
+    assert not whole[6:].any()  # one sample of its class, and a class without a real one
+    parts = torch.cat([drift(x[label == k], real[real_label == k], (0.5,)) for k in (0, 1)])
+    for k in (0, 1):  # alike up to the common root mean square
+        mine, alone = whole[label == k], parts[label[:6] == k]
+        torch.testing.assert_close(mine / mine.norm(), alone / alone.norm())
+    torch.testing.assert_close(drift(x, real, (0.5,), torch.zeros(8), torch.zeros(9)), drift(x, real, (0.5,)))
+
+
+def test_drifting_is_the_same_in_more_dimensions():
+    """Samples of the plane written k times beside each other are as far apart in units of their dimension."""
+    law, x, real = ring(), normal(6, 2), normal(9, 2, seed=1)
+    flat = Drifting().generator_loss(Batch(x, torch.ones(6), x, law, real=real))
+    high = Drifting().generator_loss(Batch(x.repeat(1, 50), torch.ones(6), x, law, real=real.repeat(1, 50)))
+    torch.testing.assert_close(high / 50, flat)
+
+
 def test_drifting_reaches_the_ring():
     """At 300 steps: every mode, and a KL that the start, above 1, is far from (0.15 at seed 0)."""
     out = distill(ring(), objective="drifting", steps=300, batch_size=256, learning_rate=5e-3, ema_halflife=10_000,

@@ -10,6 +10,7 @@ matching without a fake network, at points without noise.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,13 +23,24 @@ __all__ = ["Drifting", "drift", "mean_near", "squared_distances"]
 
 
 @torch.no_grad()
-def drift(x: Tensor, real: Tensor, widths: tuple[float, ...]) -> Tensor:
+def drift(
+    x: Tensor, real: Tensor, widths: Sequence[float], label: Tensor | None = None, real_label: Tensor | None = None
+) -> Tensor:
     """Where samples x (n, d) move, given real ones (m, d): the sum over kernel widths of V, each brought to a root mean
-    square of 1 so that no width drowns the others (Deng 2026), (n, d). A sample leaves itself out of D_q."""
+    square of 1 so that no width drowns the others (Deng 2026), (n, d). A sample leaves itself out of D_q.
+
+    With labels (n,) and (m,) each class drifts by itself; a sample whose class has no real one, or no other of the
+    student's, stays.
+    """
     to_real, to_fake = squared_distances(x, real), squared_distances(x, x).fill_diagonal_(torch.inf)
+    if label is not None and real_label is not None:
+        to_real = to_real.masked_fill(label[:, None] != real_label, torch.inf)
+        to_fake = to_fake.masked_fill(label[:, None] != label, torch.inf)
+    moves = (to_real.isfinite().any(1) & to_fake.isfinite().any(1))[:, None]
     total = torch.zeros_like(x)
     for width in widths:
         field = mean_near(to_real, real, width) - mean_near(to_fake, x, width)
+        field = torch.where(moves, field, 0)
         total += field / field.square().mean().sqrt().clamp(min=torch.finfo(x.dtype).tiny)
     return total
 
@@ -48,8 +60,9 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
 class Drifting(Terms):
     """|x - sg(x + step V(x))|^2 (Deng 2026, arXiv 2602.04770), with a Gaussian kernel.
 
-    widths: of the kernel, in standard deviations of the data: narrow ones shape a mode, wide ones move mass between
-        modes.
+    widths: of the kernel, in standard deviations of the data, in the plane: narrow ones shape a mode, wide ones move
+        mass between modes. In d dimensions samples are sqrt(d / 2) times as far apart, and the kernel as much wider;
+        without that it would see the nearest sample only.
     step: how far a sample is moved, in standard deviations of the data, where the field has its mean size.
     """
 
@@ -61,5 +74,6 @@ class Drifting(Terms):
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         assert batch.real is not None
         x, real = (values.flatten(1) / batch.sigma_data for values in (batch.x0, batch.real))
-        wanted = (x + self.step * drift(x, real, self.widths)).detach()
+        widths = [width * (x.shape[1] / 2) ** 0.5 for width in self.widths]
+        wanted = (x + self.step * drift(x, real, widths, batch.label, batch.real_label)).detach()
         return {"drifting": per_sample((x - wanted).square())}
