@@ -20,13 +20,13 @@ class Objective(Protocol):
 
     Two methods more are called where an objective has them:
 
-        critic_loss(batch) -> (n,)            what the fake network and the ratio learn from; without it there is
-        neither
-                                              a critic step nor a fake network
-        noise_levels(n, settings, progress, generator) -> (n,)    a law of noise levels of its own; else log-uniform
-                                              between settings.sigma_min and sigma_max
-        before_training(run, settings)        a phase before the first step: it may train or record on the networks in
-                                              `run` (`prepare.Run`), and runs again, to the same result, on a resume
+        critic_loss(batch) -> (n,)
+            what the fake network and the ratio learn from; without it there is neither a critic step nor a fake network
+        noise_levels(n, settings, progress, generator) -> (n,)
+            a law of noise levels of its own; else log-uniform between settings.sigma_min and sigma_max
+        before_training(run, settings)
+            a phase before the first step: it may train or record on the networks in `run` (`prepare.Run`), and runs
+            again, to the same result, on a resume
 
     What else it wants it says in attributes: see `Needs`.
     """

@@ -73,8 +73,7 @@ def distill(
         generator: the student to train, in place; None makes one: a copy of a trained teacher (so it starts
             from the teacher's weights), else a new MLP.
         objective: a name of `OBJECTIVES`, an f-divergence (`divergences.F["forward_kl"]`, or your own), which is
-        matched, or
-            an object with `generator_loss(batch)` and what it needs besides (`Objective`, `Needs`).
+            matched, or an object with `generator_loss(batch)` and what it needs besides (`Objective`, `Needs`).
         data, labels: real samples (n, *shape), floating or bytes, and classes (n,), needed only by objectives that
             compare with real samples, and not even by those if the teacher can `sample(n, generator)`. A ratio is read
             off a trained teacher's features by a small head, else a network of its own learns it.

@@ -51,8 +51,7 @@ class MLP(nn.Module):
         gain: factor on the first layer's weights as they start: above 1, functions of higher frequency from the first
             step on, for a generator that has to tear its input into many modes.
         centre: taken off c_noise = ln(sigma) / 4. With ln(2 sigma_data) / 4 the network sees the same numbers whatever
-        the
-            data's unit; 0 is EDM's, for data of standard deviation 0.5.
+            the data's unit; 0 is EDM's, for data of standard deviation 0.5.
     """
 
     def __init__(
