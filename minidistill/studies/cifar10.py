@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from minidistill import _validate, data, plotting, teachers, training
-from minidistill.distillation import OBJECTIVES, Diagnosis, Needs, Objective, ScoreIdentity, distill
+from minidistill.distillation import OBJECTIVES, Diagnosis, Drifting, Needs, Objective, ScoreIdentity, distill
 from minidistill.metrics import evaluation
 from minidistill.networks import Denoiser, Generator, unet
 from minidistill.studies import cifar10_quality as quality
@@ -40,8 +40,10 @@ __all__ = [
 ]
 
 ENDLESS = 10**9  # images: the learning rate stays constant, and the average of the weights does the annealing
-#: What a student may be trained by: every objective, and SiD at the alpha that needs no luck.
-STUDENTS: dict[str, Objective] = {**OBJECTIVES, "sid_alpha_1": ScoreIdentity(alpha=1.0)}
+#: What a student may be trained by: every objective, SiD at the alpha that needs no luck, drifting in features too.
+STUDENTS: dict[str, Objective] = {
+    **OBJECTIVES, "sid_alpha_1": ScoreIdentity(alpha=1.0), "drifting_features": Drifting(features_at=1.0),
+}
 
 
 # ---------------------------------------------------------------------------------- settings

@@ -335,6 +335,20 @@ def test_drifting_is_the_same_in_more_dimensions():
     torch.testing.assert_close(high / 50, flat)
 
 
+def test_drifting_in_features_asks_a_trained_teacher():
+    """A linear teacher's feature, the coordinate itself, doubles the term; a mixture has none."""
+    x, real = normal(6, 2).requires_grad_(), normal(9, 2, seed=1)
+
+    def teacher(x, sigma, label=None):
+        return x
+
+    teacher.features = lambda x, sigma, label=None: 3.0 * x  # whatever their unit
+    both = Drifting(features_at=1.0).terms(Batch(x, torch.ones(6), x, teacher, real=real / real.std()))
+    torch.testing.assert_close(both["features"], both["drifting"])
+    with pytest.raises(ValueError, match=r"features_at=1.0: this teacher has no `features"):
+        Drifting(features_at=1.0).terms(Batch(x, torch.ones(6), x, ring(), real=real))
+
+
 def test_drifting_reaches_the_ring():
     """At 300 steps: every mode, and a KL that the start, above 1, is far from (0.15 at seed 0)."""
     out = distill(ring(), objective="drifting", steps=300, batch_size=256, learning_rate=5e-3, ema_halflife=10_000,

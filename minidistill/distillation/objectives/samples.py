@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minidistill import _validate
 from minidistill.distillation.batch import Batch, per_sample
 from minidistill.distillation.objective import Terms
 
@@ -64,16 +65,40 @@ class Drifting(Terms):
         mass between modes. In d dimensions samples are sqrt(d / 2) times as far apart, and the kernel as much wider;
         without that it would see the nearest sample only.
     step: how far a sample is moved, in standard deviations of the data, where the field has its mean size.
+    features_at: the samples' features drift too, as a second term: what a trained teacher sees in them at this noise
+        level, in standard deviations of the data. None for the samples alone.
     """
 
     widths: tuple[float, ...] = (0.07, 0.2, 0.7)
     step: float = 1.0
+    features_at: float | None = None
     learning_rate: float = 3e-3
     needs_real = True
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         assert batch.real is not None
         x, real = (values.flatten(1) / batch.sigma_data for values in (batch.x0, batch.real))
+        terms = {"drifting": self._pull(x, real, batch)}
+        if self.features_at is not None:
+            seen, of_real = self._features(batch)
+            terms["features"] = self._pull(seen, of_real, batch) * (x.shape[1] / seen.shape[1])
+        return terms
+
+    def _pull(self, x: Tensor, real: Tensor, batch: Batch) -> Tensor:
+        """|x - sg(x + step V(x))|^2, (n,)."""
         widths = [width * (x.shape[1] / 2) ** 0.5 for width in self.widths]
         wanted = (x + self.step * drift(x, real, widths, batch.label, batch.real_label)).detach()
-        return {"drifting": per_sample((x - wanted).square())}
+        return per_sample((x - wanted).square())
+
+    def _features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The teacher's features of the student's samples and of the real ones, in the real ones' standard
+        deviations, (n, f) each."""
+        look = getattr(batch.teacher, "features", None)
+        if look is None:
+            raise ValueError(f"features_at={self.features_at}: this teacher has no `features(x, sigma, label)`; "
+                             "wanted a trained one (`networks.Denoiser`), or None")
+        level = _validate.positive("features_at", self.features_at) * batch.sigma_data
+        seen = look(batch.x0, level, batch.label).flatten(1)
+        with torch.no_grad():
+            of_real = look(batch.real, level, batch.real_label).flatten(1)
+        return seen / of_real.std(), of_real / of_real.std()
