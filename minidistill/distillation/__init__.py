@@ -22,8 +22,10 @@ from minidistill.distillation.objectives import (
     DMD2,
     OBJECTIVES,
     AdversarialScoreIdentity,
+    Consistency,
     DistributionMatching,
     Drifting,
+    EasyConsistency,
     Regression,
     ScoreIdentity,
     ScoreImplicitMatching,
@@ -36,8 +38,8 @@ from minidistill.distillation.student import Distilled
 from minidistill.networks import draw
 
 __all__ = [
-    "DMD", "DMD2", "OBJECTIVES", "SCHEDULES", "AdversarialScoreIdentity", "Batch", "Diagnosis", "Distilled",
-    "DistributionMatching", "Drifting", "Needs", "Objective", "Regression",
+    "DMD", "DMD2", "OBJECTIVES", "SCHEDULES", "AdversarialScoreIdentity", "Batch", "Consistency", "Diagnosis",
+    "Distilled", "DistributionMatching", "Drifting", "EasyConsistency", "Needs", "Objective", "Regression",
     "ScoreIdentity", "ScoreImplicitMatching", "ScoreOfMixture", "Settings", "Terms",
     "UniInstruct", "diagnose", "distill", "draw", "term_gradients",
 ]

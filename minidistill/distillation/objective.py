@@ -36,7 +36,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective asks for: each field is an attribute `needs_NAME` of the objective, the last four without the
+    """What an objective asks for: each field is an attribute `needs_NAME` of the objective, the last five without the
     prefix. One that is not there is as below."""
 
     fake: bool = True  # a network that denoises the student's samples; if not said, whether there is a `critic_loss`
@@ -53,6 +53,7 @@ class Needs:
     learning_rate: float | None = None  # of the student, unless the caller says which; and likewise
     warmup: int | None = None  # steps in which that rises
     gradient_clip: float | None = None  # bound on the norm of either gradient
+    sigma_init: float | None = None  # where the student reads its input, in standard deviations of the data
 
     @property
     def data(self) -> bool:
@@ -62,7 +63,7 @@ class Needs:
     @classmethod
     def of(cls, objective: object) -> Needs:
         """Read off an objective. Raises TypeError for a `needs_...` that there is not, with the nearest name."""
-        own = {"critic_steps", "learning_rate", "warmup", "gradient_clip"}
+        own = {"critic_steps", "learning_rate", "warmup", "gradient_clip", "sigma_init"}
         names = {f.name if f.name in own else f"needs_{f.name}": f.name for f in fields(cls)}
         for attribute in dir(objective):
             if attribute.startswith("needs_") and attribute not in names:

@@ -89,8 +89,8 @@ def distill(
             own (5e-4 of `sid`), else 2e-3.
         sigma_init: noise level at which the student reads its input, G(z) = D(sigma_init z, sigma_init).
         sigma_min, sigma_max: range of the noise levels, log-uniform. Defaults are multiples of the data's
-            standard deviation: 0.035 and 5; `sigma_init` 1.5 for a student that starts from a trained teacher,
-            0.5 for a new one.
+            standard deviation: 0.035 and 5; `sigma_init` the objective's own (160 of consistency), else 1.5 for a
+            student that starts from a trained teacher, 0.5 for a new one.
         student_levels: noise levels, descending below sigma_init, at which a student of several steps is called again
             on its own samples with new noise; () for one step.
         ema_halflife: of the generator's average, in samples.
@@ -135,7 +135,7 @@ def distill(
     device = _validate.device("device", device_of(teacher) if device is None else device)
     sigma_data = _sigma_data(sigma_data, teacher, generator, data, shape, n_classes, device)
     if sigma_init is None:
-        sigma_init = (1.5 if has_weights(teacher) else 0.5) * sigma_data
+        sigma_init = (needs.sigma_init or (1.5 if has_weights(teacher) else 0.5)) * sigma_data
     if generator is not None:  # it reads its input at a level of its own
         sigma_init, student_levels = generator.sigma_init, student_levels or generator.levels
     settings = Settings(

@@ -5,6 +5,7 @@
     dmd.py           DMD (regression on pairs), DMD2 (adversarial)
     implicit.py      SIM, SiD, SiDA: distances between scores
     regression.py    the teacher's own map, pair by pair
+    consistency.py   CD, CT, iCT, ECT: one answer all along a path of the probability flow
     samples.py       drifting: samples moved towards real ones and apart, no network but the student
     mixture.py       score of mixture: all skews at once
     uni_instruct.py  the divergence of the clean laws, expanded
@@ -12,6 +13,7 @@
 
 from minidistill import divergences
 from minidistill.distillation.objective import Objective
+from minidistill.distillation.objectives.consistency import Consistency, EasyConsistency
 from minidistill.distillation.objectives.dmd import DMD, DMD2
 from minidistill.distillation.objectives.implicit import AdversarialScoreIdentity, ScoreIdentity, ScoreImplicitMatching
 from minidistill.distillation.objectives.matching import DistributionMatching, fake_loss, ratio_loss
@@ -21,8 +23,9 @@ from minidistill.distillation.objectives.samples import Drifting
 from minidistill.distillation.objectives.uni_instruct import UniInstruct
 
 __all__ = [
-    "DMD", "DMD2", "OBJECTIVES", "AdversarialScoreIdentity", "DistributionMatching", "Drifting", "Regression",
-    "ScoreIdentity", "ScoreImplicitMatching", "ScoreOfMixture", "UniInstruct", "fake_loss", "ratio_loss",
+    "DMD", "DMD2", "OBJECTIVES", "AdversarialScoreIdentity", "Consistency", "DistributionMatching", "Drifting",
+    "EasyConsistency", "Regression", "ScoreIdentity", "ScoreImplicitMatching", "ScoreOfMixture", "UniInstruct",
+    "fake_loss", "ratio_loss",
 ]
 #: Every objective by name: distribution matching with each f-divergence, reverse KL in its other clothes, the line of
 #: skew Jensen-Shannon divergences, and the score-implicit family.

@@ -1,0 +1,150 @@
+"""Consistency: the student f(x, sigma) is asked at every level of a path, and has to say the same: where the path ends.
+
+Two neighbouring points of one path of the probability flow, x at sigma and x' at a lower sigma', have one end. So the
+student's answer at the upper point is fitted to its own at the lower one, held fixed, and at the lowest level to the
+point itself. What is known at the bottom climbs up, level by level, to pure noise: there f is a one-step generator.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minidistill.distillation.batch import Batch, per_sample
+from minidistill.distillation.objective import Terms
+from minidistill.distillation.settings import Settings
+from minidistill.samplers import karras_sigmas
+
+__all__ = ["Consistency", "EasyConsistency", "doubling", "log_normal_weights", "one_step_down"]
+
+LOWEST, HIGHEST = 0.004, 160.0  # in standard deviations of the data: EDM's 0.002 and 80
+
+
+@dataclass(frozen=True)
+class Consistency(Terms):
+    """weight d(f(x, sigma_{i+1}), sg f(x', sigma_i)) on a grid of levels (Song 2023; Song & Dhariwal 2024: iCT).
+
+    x is a real sample with noise. x' has the same noise, less of it (consistency training), or is one Heun step of the
+    teacher below x (consistency distillation). As it stands it is iCT, without a teacher.
+
+    first, last: steps of the grid at the beginning of the run and at most; they double at even times (`doubling`).
+    lognormal: levels drawn by iCT's weights (`log_normal_weights`) and an error that counts as 1 over the step's
+        length; else all levels alike.
+    huber: c of the pseudo-Huber distance for one dimension, in standard deviations of the data; None for |.|^2.
+    teacher_step: x' by the teacher.
+    needs_target: the lower answer from an average of the student, its half-life in samples; 0 for the student itself.
+    """
+
+    first: int = 10
+    last: int = 1280
+    lognormal: bool = True
+    huber: float | None = 0.00108
+    teacher_step: bool = False
+    needs_target: float = 0.0
+    needs_real = True
+    needs_samples = False
+    sigma_init = HIGHEST
+
+    def levels(self, sigma_data: float, progress: float, like: Tensor) -> Tensor:
+        """The grid in force, ascending, (N + 1,)."""
+        steps = doubling(progress, self.first, self.last)
+        return karras_sigmas(steps + 1, LOWEST, HIGHEST)[:-1].flip(0).to(like) * sigma_data
+
+    def noise_levels(self, n: int, settings: Settings, progress: float, generator: torch.Generator) -> Tensor:
+        """The upper level of each sample's step, (n,)."""
+        grid = self.levels(settings.sigma_data, progress, torch.zeros((), device=generator.device))
+        weights = torch.ones_like(grid[1:])
+        if self.lognormal:
+            weights = log_normal_weights(grid / settings.sigma_data)
+        return grid[1 + torch.multinomial(weights, n, replacement=True, generator=generator)]
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        assert batch.real is not None
+        assert batch.student is not None
+        grid = self.levels(batch.sigma_data, batch.progress, batch.sigma)
+        i = (grid[:, None] - batch.sigma).abs().argmin(0) - 1  # the lower level's number, (n,)
+        upper, lower = (_column(s, batch.real) for s in (batch.sigma, grid[i]))
+        x = batch.real + upper * batch.noise
+        label = batch.real_label
+        with torch.no_grad():
+            below = one_step_down(batch.teacher, x, upper, lower, label) if self.teacher_step else (
+                batch.real + lower * batch.noise)
+            answer = (batch.target or batch.student)(below, grid[i], label)
+            answer = torch.where(_column(i, x) == 0, below, answer)  # f(x, sigma_min) = x
+        gap = per_sample((batch.student(x, batch.sigma, label) - answer).square()) / batch.sigma_data**2
+        if self.huber is not None:
+            c = self.huber * math.sqrt(x[0].numel())
+            gap = (gap + c**2).sqrt() - c
+        return {"consistency": gap * batch.sigma_data / (upper - lower).flatten() if self.lognormal else gap}
+
+
+@dataclass(frozen=True)
+class EasyConsistency(Terms):
+    """|D(x + t e, t) - sg D(x + r e, r)| / (t - r) from a trained teacher's weights (Geng 2024: ECT).
+
+    The lower level r = t max(0, 1 - q^-(stage + 1) (1 + 8 sigmoid(-t))) begins near 0, where the loss is denoising,
+    and moves up to t with the stages, evenly spread over the run: diffusion becomes consistency by degrees. At r = 0
+    the answer is the clean sample. ln t is normal, mean -1.1 and deviation 2 for data of standard deviation 0.5.
+    """
+
+    q: float = 2.0
+    stages: int = 8
+    needs_real = True
+    needs_samples = False
+    sigma_init = HIGHEST
+
+    def noise_levels(self, n: int, settings: Settings, progress: float, generator: torch.Generator) -> Tensor:
+        normal = torch.randn(n, generator=generator, device=generator.device)
+        return (-1.1 + 2.0 * normal).exp() * 2 * settings.sigma_data
+
+    def below(self, t: Tensor, progress: float) -> Tensor:
+        """r for t, both in units in which the data have the standard deviation 0.5."""
+        stage = min(int(progress * self.stages), self.stages - 1)
+        return t * (1 - self.q ** -(stage + 1) * (1 + 8 * (-t).sigmoid())).clamp(min=0)
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        assert batch.real is not None
+        assert batch.student is not None
+        unit, t = 2 * batch.sigma_data, batch.sigma
+        r = self.below(t / unit, batch.progress) * unit
+        upper, lower = _column(t, batch.real), _column(r, batch.real)
+        with torch.no_grad():
+            safe = torch.where(r > 0, r, t)  # a denoiser is not asked at 0
+            answer = batch.student(batch.real + lower * batch.noise, safe, batch.real_label)
+            answer = torch.where(lower > 0, answer, batch.real)
+        gap = batch.student(batch.real + upper * batch.noise, t, batch.real_label) - answer
+        size = per_sample(gap.square()).clamp(min=torch.finfo(gap.dtype).tiny).sqrt()
+        return {"consistency": size / (t - r)}
+
+
+# ------------------------------------------------- levels
+
+def doubling(progress: float, first: int, last: int) -> int:
+    """Steps of the grid once `progress` (0 to 1) of the run is over: they double from `first` to at most `last`, each
+    number for the same share of the run (Song & Dhariwal 2024, equation 8)."""
+    times = math.floor(math.log2(last // first)) + 1
+    return min(first * 2 ** math.floor(progress * times), last)
+
+
+def log_normal_weights(grid: Tensor, mean: float = -1.1, std: float = 2.0) -> Tensor:
+    """Of each step of a grid (N + 1,), ascending, in standard deviations of the data: the mass of a log-normal law of
+    noise levels, its mean and deviation those for data of standard deviation 0.5, (N,)."""
+    reached = torch.erf(((grid / 2).log() - mean) / (math.sqrt(2) * std))
+    return reached.diff()
+
+
+def one_step_down(teacher: object, x: Tensor, upper: Tensor, lower: Tensor, label: Tensor | None) -> Tensor:
+    """One Heun step of the probability flow, each sample between levels of its own, (n, 1, ...) like x."""
+    def slope(x: Tensor, sigma: Tensor) -> Tensor:
+        return (x - teacher(x, sigma.flatten(), label)) / sigma  # type: ignore[operator]
+
+    first = slope(x, upper)
+    return x + (lower - upper) * (first + slope(x + (lower - upper) * first, lower)) / 2
+
+
+def _column(values: Tensor, x: Tensor) -> Tensor:
+    """(n,) -> (n, 1, ...), to go with samples x."""
+    return values.reshape(-1, *[1] * (x.ndim - 1))
