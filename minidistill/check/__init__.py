@@ -35,7 +35,7 @@ from minidistill.check.scores import (
     velocity,
 )
 from minidistill.check.students import c_out, ema_decay, mirror, noise_through, normalised_ratio, sid_loss, sim_gradient
-from minidistill.check.teachers import aligned_share, weighted_denoiser
+from minidistill.check.teachers import aligned_share, unbiased_loss, weighted_denoiser
 
 __all__ = [
     "claims", "ours", "report",
@@ -43,7 +43,7 @@ __all__ = [
     "add_noise", "mixture_score", "tweedie", "euler_step", "langevin_share",  # 01
     "denoising_loss", "training_loop", "stein_trace", "best_share",  # 02, 02b
     "class_gradient", "gauge_defect", "velocity", "uniform_time_density", "bridge_velocity",  # 03, 04, 04b
-    "weighted_denoiser", "aligned_share",  # 05
+    "weighted_denoiser", "aligned_share", "unbiased_loss",  # 05, 05b
     "heun_solver", "ddim_step", "gaussian_flow",  # 06, 06b
     "flipped_weight", "chi_squared_conjugate", "kl_integrand", "energy_loss",  # 07, 07b
     "divergence_weight", "reverse_kl_gradient", "best_cover",  # 08
