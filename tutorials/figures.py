@@ -103,7 +103,7 @@ def six_teachers(kinds, few, law, levels):
     shape = (len(levels), len(kinds))
     _, axes = plt.subplots(*shape, figsize=(12.5, 6.9), layout="constrained",
                            sharex=True, sharey=True)
-    for row, sigma in zip(axes, levels, strict=True):
+    for i, (row, sigma) in enumerate(zip(axes, levels, strict=True)):
         for ax, (name, D) in zip(row, kinds.items(), strict=True):
             plotting.density(law, ax, limit=3.2, sigma=sigma, fill=True)
             ax.collections[0].set_alpha(0.35)
@@ -112,7 +112,7 @@ def six_teachers(kinds, few, law, levels):
             arrow = (D(at, sigma) - at).detach()
             ax.quiver(*at.T, *arrow.T, angles="xy", scale_units="xy", scale=max(1, 1.1 * sigma),
                       color=plotting.PALETTE[0], width=0.011, antialiased=False)
-            ax.set(title=name if row is axes[0] else "", xlabel="", ylabel="", aspect="equal")
+            ax.set(title="" if i else name, xlabel="", ylabel="", aspect="equal")
         row[0].set_ylabel(f"$\\sigma = {sigma:g}$")
     plt.show()
 
@@ -125,6 +125,7 @@ def half_moons(samples, train, copies, averages, limit=1.8):
     for ax, (h, y) in zip(axes, samples.items(), strict=False):
         plotting.scatter(y, ax, limit=limit, title=f"$h = {h:g}$: {copies[h]:.0%} copies")
         ax.scatter(*train.T, s=40, facecolors="none", edgecolors=plotting.PALETTE[1])
+        ax.label_outer()
     near, distance = zip(*averages.values(), strict=True)
     series = {"fresh point to nearest sample": (list(averages), near),
               "$SW_2$ to fresh points": (list(averages), distance)}
@@ -168,17 +169,17 @@ def shrinkage(noised, denoised, factors, vectors, ranks):
     Jacobian as images under their shrinkage factors. `vectors` (dim, dim) hold them as columns."""
     _, axes = plt.subplots(len(vectors), len(ranks) + 2, layout="constrained",
                            figsize=(1.15 * (len(ranks) + 2), 1.45 * len(vectors)))
-    for row, name in zip(axes, vectors, strict=True):
+    for i, (row, name) in enumerate(zip(axes, vectors, strict=True)):
         shape = noised.shape[-2:]
         pictures = {"noised": noised, "denoised": denoised[name]}
         for ax, (title, picture) in zip(row, pictures.items(), strict=False):
             ax.imshow(picture.reshape(shape), cmap="gray", vmin=-1, vmax=1)
-            ax.set_title(title if row is axes[0] else "", fontsize=11)
+            ax.set_title("" if i else f"{title}\n", fontsize=11)
         for ax, rank in zip(row[2:], ranks, strict=True):
             vector = vectors[name][:, rank - 1].reshape(shape)
             reach = float(vector.abs().max())
             ax.imshow(vector, cmap="RdBu", vmin=-reach, vmax=reach)
-            head = f"no. {rank}\n" if row is axes[0] else ""
+            head = "" if i else f"no. {rank}\n"
             ax.set_title(f"{head}{factors[name][rank - 1]:.2f}", fontsize=11)
         for ax in row:
             ax.set(xticks=[], yticks=[])
@@ -197,6 +198,7 @@ def guided_clouds(flows, log_p, axis, distances):
         ax.contour(axis, axis, log_p[w].reshape(len(axis), -1).T, levels=levels, colors="black",
                    linewidths=1, linestyles="solid")
         ax.set(xlim=(-1.4, 3.8), ylim=(-2.6, 2.6))
+        ax.label_outer()
     plotting.curves(distances, axes[-1], xlabel="guidance scale $w$", ylabel="$SW_2$", log=False)
     axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=10)
     plt.show()
