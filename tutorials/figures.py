@@ -35,7 +35,6 @@ __all__ = [
     "looks_of_losses",
     "losses_by_kind",
     "minima_along",
-    "mode_heights",
     "networks_of_halves",
     "nice",
     "panels",
