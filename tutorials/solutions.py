@@ -217,11 +217,12 @@ so there are fewer copies (1 % with 64 draws) and more different samples; but fr
 nearer to them: what a mean of neighbours cuts off stays cut off."""
 
 
-PREDICTIONS["05b"] = """Those on the biased data alone and on the exact ratio do not change. All that
-learn from the reference get better with its size. With 20 points (two seeds) the total variation is
-0.21 and 0.20 for the reference's own teacher, 0.19 and 0.13 for TIW-DSM, 0.23 and 0.18 for clean
-weights: TIW-DSM is the best of the three, since the biased data still show where the modes are.
-With 1000 points (one seed) all three are at 0.05, and nothing is left to gain from biased data."""
+PREDICTIONS["05b"] = """Those on the biased data alone and on the exact ratio do not change. All
+that learn from the reference get better with its size. With 20 points (two seeds) the total
+variation is 0.21 and 0.20 for the reference's own teacher, 0.19 and 0.13 for TIW-DSM, 0.23 and 0.18
+for clean weights: TIW-DSM is the best of the three, since the biased data still show where the
+modes are. With 1000 points (one seed) all three are at 0.05, and nothing is left to gain from
+biased data."""
 
 
 # 05b_biased_and_guided
