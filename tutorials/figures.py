@@ -20,20 +20,27 @@ from minidistill import divergences, plotting
 __all__ = [
     "_student",
     "averaged_levels",
+    "by_size",
     "classifier_errors",
     "descents",
     "draw_minima",
     "error_bars",
     "exact_and_learned",
     "gaussians",
+    "guided_clouds",
+    "half_moons",
     "landscape",
     "landscape_bar",
+    "log_density_maps",
     "looks_of_losses",
     "losses_by_kind",
     "minima_along",
+    "networks_of_halves",
     "nice",
     "panels",
     "ratio_tracks",
+    "shrinkage",
+    "six_teachers",
     "weight_and_pull",
     "weight_bar",
     "what_each_sees",
@@ -81,6 +88,141 @@ def losses_by_kind(levels, values, looks, title, ylabel):
         ax.set_title(f"{title}: losses of {kind}")
         ax.legend(fontsize=9, ncols=2)
     axes[1].set_ylabel("")
+    plt.show()
+
+
+# ------------------------------------------------- 05_teachers, 05b_biased_and_guided
+
+def six_teachers(kinds, few, law, levels):
+    """A column for each teacher, a row for each noise level: arrows from a lattice of x to D(x), on
+    one scale along a row, over the noised density in grey. Dots: the points that the closed forms
+    know."""
+    line = torch.linspace(-2.7, 2.7, 7)
+    at = torch.cartesian_prod(line, line)
+    shape = (len(levels), len(kinds))
+    _, axes = plt.subplots(*shape, figsize=(12.5, 6.9), layout="constrained",
+                           sharex=True, sharey=True)
+    for i, (row, sigma) in enumerate(zip(axes, levels, strict=True)):
+        for ax, (name, D) in zip(row, kinds.items(), strict=True):
+            plotting.density(law, ax, limit=3.2, sigma=sigma, fill=True)
+            ax.collections[0].set_alpha(0.35)
+            if name in ("Gaussian", "empirical", "smoothed"):
+                ax.scatter(*few.T, s=10, color=plotting.PALETTE[1], linewidths=0, zorder=3)
+            arrow = (D(at, sigma) - at).detach()
+            ax.quiver(*at.T, *arrow.T, angles="xy", scale_units="xy", scale=max(1, 1.1 * sigma),
+                      color=plotting.PALETTE[0], width=0.011, antialiased=False)
+            ax.set(title="" if i else name, xlabel="", ylabel="", aspect="equal")
+        row[0].set_ylabel(f"$\\sigma = {sigma:g}$")
+    plt.show()
+
+
+def half_moons(samples, train, copies, averages, limit=1.8):
+    """Samples of the smoothed teachers of 25 points (circles), by the smoothing h, and what h does
+    on average over the data sets: (distance of a fresh point, SW2) by h."""
+    _, axes = plt.subplots(1, len(samples) + 1, figsize=(12.5, 3.5), layout="constrained",
+                           width_ratios=(*[1] * len(samples), 1.2))
+    for ax, (h, y) in zip(axes, samples.items(), strict=False):
+        plotting.scatter(y, ax, limit=limit, title=f"$h = {h:g}$: {copies[h]:.0%} copies")
+        ax.scatter(*train.T, s=40, facecolors="none", edgecolors=plotting.PALETTE[1])
+        ax.label_outer()
+    near, distance = zip(*averages.values(), strict=True)
+    series = {"fresh point to nearest sample": (list(averages), near),
+              "$SW_2$ to fresh points": (list(averages), distance)}
+    plotting.curves(series, axes[-1], xlabel="smoothing $h$", ylabel="distance", log=False)
+    axes[-1].set(ylim=(0, 0.42), title="mean of four data sets")
+    axes[-1].legend(fontsize=10)
+    plt.show()
+
+
+def networks_of_halves(drawn, halves, sizes):
+    """Samples of the networks A and B from the same noise (columns) between the training images
+    nearest to them, for each number of training images."""
+    _, axes = plt.subplots(1, len(sizes), figsize=(12.5, 3.6), layout="constrained")
+    for ax, n in zip(axes, sizes, strict=True):
+        a, b = (samples[:10] for samples in drawn[n])
+        nearest = [half[torch.cdist(x.flatten(1), half[:n].flatten(1)).argmin(1)]
+                   for x, half in zip((a, b), halves, strict=True)]
+        rows = {"nearest in A": nearest[0], "network A": a, "network B": b,
+                "nearest in B": nearest[1]}
+        plotting.labelled_rows(rows, ax, title=f"$N = {n}$ images each")
+    plt.show()
+
+
+def by_size(sizes, agree, near):
+    """Two panels over the number of training images: agreement, and the distance to them."""
+    _, axes = plt.subplots(1, 2, figsize=(11.5, 3.6), layout="constrained")
+    panels = (("same noise: do A and B agree?", "mean cosine", agree, (0, 1.1)),
+              ("to the nearest of the $N$ training images", "mean distance", near, (-0.2, 6)))
+    for ax, (title, ylabel, rows, limits) in zip(axes, panels, strict=True):
+        series = {name: (sizes, row) for name, row in rows.items()}
+        plotting.curves(series, ax, xlabel="training images $N$", ylabel=ylabel, log=False,
+                        xlog=True)
+        ax.minorticks_off()
+        ax.set(xticks=sizes, xticklabels=sizes, title=title, ylim=limits)
+        ax.legend(fontsize=10)
+    plt.show()
+
+
+def shrinkage(noised, denoised, factors, vectors, ranks):
+    """A row for each network: one noised image, the same denoised, and eigenvectors of the
+    Jacobian as images under their shrinkage factors. `vectors` (dim, dim) hold them as columns."""
+    _, axes = plt.subplots(len(vectors), len(ranks) + 2, layout="constrained",
+                           figsize=(1.15 * (len(ranks) + 2), 1.45 * len(vectors)))
+    for i, (row, name) in enumerate(zip(axes, vectors, strict=True)):
+        shape = noised.shape[-2:]
+        pictures = {"noised": noised, "denoised": denoised[name]}
+        for ax, (title, picture) in zip(row, pictures.items(), strict=False):
+            ax.imshow(picture.reshape(shape), cmap="gray", vmin=-1, vmax=1)
+            ax.set_title("" if i else f"{title}\n", fontsize=11)
+        for ax, rank in zip(row[2:], ranks, strict=True):
+            vector = vectors[name][:, rank - 1].reshape(shape)
+            reach = float(vector.abs().max())
+            ax.imshow(vector, cmap="RdBu", vmin=-reach, vmax=reach)
+            head = "" if i else f"no. {rank}\n"
+            ax.set_title(f"{head}{factors[name][rank - 1]:.2f}", fontsize=11)
+        for ax in row:
+            ax.set(xticks=[], yticks=[])
+        row[0].set_ylabel(name, fontsize=11)
+    plt.show()
+
+
+def guided_clouds(flows, log_p, axis, distances):
+    """The guided flow's samples (dots) over the tempered density (contours) by the scale w, and
+    distances by name over all scales."""
+    _, axes = plt.subplots(1, len(flows) + 1, figsize=(14.5, 3.6), layout="constrained",
+                           width_ratios=(*[1] * len(flows), 1.1))
+    for ax, (w, samples) in zip(axes, flows.items(), strict=False):
+        plotting.scatter(samples, ax, n=1500, title=f"$w = {w:g}$")
+        levels = float(log_p[w].max()) + torch.linspace(-5, -0.5, 4)
+        ax.contour(axis, axis, log_p[w].reshape(len(axis), -1).T, levels=levels, colors="black",
+                   linewidths=1, linestyles="solid")
+        ax.set(xlim=(-1.4, 3.8), ylim=(-2.6, 2.6))
+        ax.label_outer()
+    plotting.curves(distances, axes[-1], xlabel="guidance scale $w$", ylabel="$SW_2$", log=False)
+    axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=10)
+    plt.show()
+
+
+def log_density_maps(maps, axis, heights):
+    """Log-densities on a square lattice, and the energy's heights of the modes against the exact
+    ones, (exact, said) by noise level."""
+    figure, axes = plt.subplots(1, len(maps) + 1, figsize=(13.4, 3.6), layout="constrained",
+                                width_ratios=(*[1] * len(maps), 1.05))
+    for ax, (name, values) in zip(axes, maps.items(), strict=False):
+        image = ax.pcolormesh(axis, axis, values.reshape(len(axis), -1).T, cmap="viridis",
+                              vmin=-8, vmax=0, rasterized=True)
+        ax.set(title=name, aspect="equal", xlabel="$x_1$", ylabel="$x_2$")
+    for ax in axes[1 : len(maps)]:
+        ax.set_ylabel("")
+    figure.colorbar(image, ax=axes[: len(maps)], label="$\\log p_{0.2}$, nats", shrink=0.8,
+                    extend="min")
+    for (sigma, pair), marker, color in zip(heights.items(), "xso", (3, 1, 0), strict=True):
+        axes[-1].scatter(*pair, marker=marker, s=45, color=plotting.PALETTE[color],
+                         label=f"$\\sigma = {sigma:g}$")
+    axes[-1].axline((0, 0), slope=1, color="black", linewidth=1)
+    axes[-1].set(title="heights of the modes", xlabel="exact, nats above their mean",
+                 ylabel="$-E$, nats above its mean")
+    axes[-1].legend(fontsize=10)
     plt.show()
 
 

@@ -37,7 +37,7 @@ from minidistill.check.scores import (
     velocity,
 )
 from minidistill.check.students import c_out, ema_decay, mirror, noise_through, normalised_ratio, sid_loss, sim_gradient
-from minidistill.check.teachers import aligned_share, weighted_denoiser
+from minidistill.check.teachers import aligned_share, unbiased_loss, weighted_denoiser
 
 __all__ = [
     "claims", "ours", "report",
@@ -46,7 +46,7 @@ __all__ = [
     "denoising_loss", "training_loop", "stein_trace", "best_share",  # 02, 02b
     "class_gradient", "gauge_defect", "step_score", "linear_step",  # 03, 03b
     "velocity", "uniform_time_density", "bridge_velocity",  # 04, 04b
-    "weighted_denoiser", "aligned_share",  # 05
+    "weighted_denoiser", "aligned_share", "unbiased_loss",  # 05, 05b
     "heun_solver", "ddim_step", "gaussian_flow",  # 06, 06b
     "flipped_weight", "chi_squared_conjugate", "kl_integrand", "energy_loss",  # 07, 07b
     "divergence_weight", "reverse_kl_gradient", "best_cover",  # 08

@@ -23,12 +23,12 @@ from minidistill.samplers.ode import heun_step
 from minidistill.teachers.closed_form import GaussianTeacher
 
 __all__ = [
-    "OwnObjective", "add_noise", "best_cover", "best_share", "bridge_velocity", "chi_squared_conjugate",
-    "class_gradient", "ddim_step", "denoising_loss", "distillation_loop", "divergence_weight", "dmd_gradient",
-    "energy_loss", "euler_step", "flipped_weight", "gauge_defect", "gaussian_fisher", "gaussian_flow", "heun_solver",
-    "implicit_loss", "kl_integrand", "linear_step", "mixture_denoiser", "mixture_score", "one_call",
-    "pseudo_huber_slope", "reverse_kl_gradient", "score_gap", "step_score", "stein_trace", "training_loop", "tweedie",
-    "uniform_time_density", "velocity",
+    "OwnObjective", "add_noise", "aligned_share", "best_cover", "best_share", "bridge_velocity",
+    "chi_squared_conjugate", "class_gradient", "ddim_step", "denoising_loss", "distillation_loop", "divergence_weight",
+    "dmd_gradient", "energy_loss", "euler_step", "flipped_weight", "gauge_defect", "gaussian_fisher", "gaussian_flow",
+    "heun_solver", "implicit_loss", "kl_integrand", "linear_step", "mixture_denoiser", "mixture_score", "one_call",
+    "pseudo_huber_slope", "reverse_kl_gradient", "score_gap", "stein_trace", "step_score", "training_loop", "tweedie",
+    "unbiased_loss", "uniform_time_density", "velocity", "weighted_denoiser",
 ]
 
 Denoise = Callable[..., Tensor]
@@ -165,6 +165,25 @@ def uniform_time_density(level: Any) -> Any:
 def bridge_velocity(x0: Tensor, x1: Tensor, z: Tensor, t: Tensor) -> Tensor:
     """d x_t / dt of x_t = (1 - t) x0 + t x1 + sqrt(t (1 - t)) z, (n, d), for t (n, 1)."""
     return x1 - x0 + (1 - 2 * t) / (2 * (t * (1 - t)).sqrt()) * z
+
+
+# ------------------------------------------------- 05_teachers, 05b_biased_and_guided
+
+def weighted_denoiser(x: Tensor, data: Tensor, weights: Tensor, sigma: Tensor) -> Tensor:
+    """E[x0 | x], (n, d), for points (m, d) with probabilities (m,) at noise levels (n,)."""
+    square = (x[:, None] - data).square().sum(2)
+    return (weights.log() - square / (2 * sigma[:, None].square())).softmax(1) @ data
+
+
+def aligned_share(scales: Tensor) -> Tensor:
+    """The rho that minimises the mean of (w rho - 1)^2 over the scales w, (m,)."""
+    return scales.mean() / scales.square().mean()
+
+
+def unbiased_loss(denoised: Tensor, x0: Tensor, sigma: Tensor, log_ratio: Tensor, slope: Tensor) -> Tensor:
+    """r |D - (x0 + sigma^2 grad log r)|^2 / d, (n,): denoising biased data for the unbiased law's denoiser."""
+    target = x0 + sigma[:, None].square() * slope
+    return log_ratio.exp() * (denoised - target).square().mean(1)
 
 
 # ------------------------------------------------- 06_samplers

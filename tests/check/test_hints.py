@@ -36,6 +36,13 @@ def _heun(denoiser, x, levels, *, level=None, last=True, share=0.5):
     ("ddim_step", lambda x, D, s, t, eta, z: D + t * (x - D) / s + eta * t * (1 - (t / s) ** 2) ** 0.5 * z,
      "both add up to after^2"),
     ("gaussian_flow", lambda x, s, t, m, v, u: ours.gaussian_flow(x, s, t, m, v, u.T), "are the principal axes"),
+    ("weighted_denoiser", lambda x, y, w, s: ours.weighted_denoiser(x, y, 0 * w + 0.25, s), "the weights are missing"),
+    ("weighted_denoiser", lambda x, y, w, s: ours.weighted_denoiser(x, y, w.exp(), s), "their logarithms are added"),
+    ("weighted_denoiser", lambda x, y, w, s: ours.weighted_denoiser(x, y, w, s / 2**0.5), "a factor 2 is missing"),
+    ("aligned_share", lambda w: 1 / w.mean(), "not the slope of the mean square"),
+    ("unbiased_loss", lambda D, x0, s, r, g: r.exp() * (D - x0).square().mean(1), "move along the slope as well"),
+    ("unbiased_loss", lambda D, x0, s, r, g: ours.unbiased_loss(D, x0, s, 0 * r, g), "the weight r is missing"),
+    ("unbiased_loss", lambda D, x0, s, r, g: ours.unbiased_loss(D, x0, s, r, g / s[:, None]), "not sigma"),
 ])
 def test_mistakes_get_their_hint(name, answer, hint, capsys):
     assert getattr(check, name)(answer) is False

@@ -116,6 +116,11 @@ WRONG: dict[str, list[Callable[..., Any]]] = {
         lambda x, y, w, s: (w - (x[:, None] - y).square().sum(2) / (2 * s[:, None] ** 2)).softmax(1) @ y,
     ],
     "aligned_share": [lambda w: 1 / w.mean(), lambda w: (1 / w).mean(), lambda w: (w**2).mean() / w.mean()],
+    "unbiased_loss": [
+        lambda D, x0, s, r, g: r.exp() * (D - x0).square().mean(1),
+        lambda D, x0, s, r, g: solutions.unbiased_loss(D, x0, s, 0 * r, g),
+        lambda D, x0, s, r, g: solutions.unbiased_loss(D, x0, s, r, -g),
+    ],
     "heun_solver": [
         lambda D, x, levels: solutions.heun_solver(D, x, levels[[0, -1]]), lambda D, x, levels: D(x, levels[0]),
     ],
