@@ -74,7 +74,7 @@ def until(end: float) -> Iterator[None]:
     def stop(signum: int, frame: object) -> None:
         raise TimeUp
 
-    before = signal.signal(signal.SIGALRM, stop)
+    before, graphs = signal.signal(signal.SIGALRM, stop), torch.is_grad_enabled()
     try:
         signal.setitimer(signal.ITIMER_REAL, max(end - time.monotonic(), 1e-3))
         yield
@@ -83,6 +83,7 @@ def until(end: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        torch.set_grad_enabled(graphs)  # the alarm may ring while `no_grad` is being entered, which then never leaves it
 
 
 def judges(size: int, device: torch.device | str = "cpu") -> list[Extractor]:

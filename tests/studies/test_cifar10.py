@@ -160,6 +160,15 @@ def test_out_of_minutes_nothing_is_measured_and_all_else_is_there(tmp_path):
         assert checkpoints.load_model(tmp_path / f"{name}.safetensors")[1]["images"] > 0
 
 
+def test_time_that_is_up_leaves_gradients_on():
+    """As if the alarm rang inside of `torch.no_grad().__enter__`, whose `__exit__` then is never called."""
+    with quality.until(time.monotonic() + 0.05):
+        torch.set_grad_enabled(False)
+        while True:
+            time.sleep(0.01)
+    assert torch.is_grad_enabled()
+
+
 @pytest.mark.parametrize(("stage", "how"), [
     ("teacher", signal.SIGKILL), ("student", signal.SIGKILL), ("student", signal.SIGTERM),
 ])
