@@ -83,7 +83,7 @@ def until(end: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-        torch.set_grad_enabled(graphs)  # the alarm may ring while `no_grad` is being entered, which then never leaves it
+        torch.set_grad_enabled(graphs)  # the alarm may ring while `no_grad` is being entered, which then never ends
 
 
 def judges(size: int, device: torch.device | str = "cpu") -> list[Extractor]:
