@@ -74,7 +74,7 @@ def distillation_loop(f: Function) -> bool:
     return report(3, after, [
         ("do the fake network's weights move (1: yes, 0: no)", ("fake",), 1.0),
         ("do the student's weights move (1: yes, 0: no)", ("student",), 1.0),
-        ("does the student come nearer to the teacher (1: yes, 0: no)", ("nearer",), 1.0),
+        ("does the student come nearer to the teacher, or is a sign wrong (1: nearer, 0: not)", ("nearer",), 1.0),
         ("a student's mean, 0 at first, for a teacher at (0.4, -0.2), to 0.1", ("mean",), teacher.mean),
     ], atol=0.1, rtol=0)
 
