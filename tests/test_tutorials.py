@@ -74,7 +74,7 @@ def test_a_solved_notebook_passes_too(path, tmp_path):
     assert done.returncode == 0, done.stdout[-4000:]
 
 
-def _own_notebook(path, answer):
+def _own_notebook(path, answer, stored="not attempted yet"):
     """A notebook as an instructor would write one: a stub's place, a check of their own, an output that is compared."""
     source = f"""from minidistill import check
 
@@ -83,7 +83,7 @@ def double(x):
 
 _ = check.report(1, double, [("three", (3.0,), 6.0), ("one", (1.0,), 2.0)], hints={{"you square": lambda x: x**2}})"""
     cell = {"cell_type": "code", "execution_count": 1, "id": "own-1", "metadata": {"tags": ["nbval-check-output"]},
-            "outputs": [{"name": "stdout", "output_type": "stream", "text": ["exercise 1: not attempted yet\n"]}],
+            "outputs": [{"name": "stdout", "output_type": "stream", "text": [f"exercise 1: {stored}\n"]}],
             "source": source.splitlines(keepends=True)}
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     path.write_text(json.dumps({"cells": [cell], "metadata": {"kernelspec": kernel}, "nbformat": 4,
@@ -100,6 +100,18 @@ def test_an_instructors_own_exercise_elsewhere(answer, passes, says, tmp_path):
     done = _run(tmp_path, "own.ipynb")
     assert (done.returncode == 0) is passes, done.stdout[-4000:]
     assert says in done.stdout
+
+
+@pytest.mark.parametrize(("answer", "passes"), [("x**2", False), ("2 * x", True)])
+def test_a_wrong_answer_that_was_saved_is_still_wrong(answer, passes, tmp_path):
+    """Run in Jupyter and saved, the notebook holds the verdict of its wrong answer as its output."""
+    for name in ("conftest.py", "nbval.cfg"):
+        shutil.copy(TUTORIALS / name, tmp_path)
+    verdict = "three: expected 6, got 9. Hint: you square"
+    _own_notebook(tmp_path / "own.ipynb", answer, stored=verdict)
+    done = _run(tmp_path, "own.ipynb")
+    assert (done.returncode == 0) is passes, done.stdout[-4000:]
+    assert passes or verdict in done.stdout
 
 
 @pytest.mark.parametrize(

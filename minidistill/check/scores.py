@@ -51,7 +51,7 @@ def score_gap(f: Function) -> bool:
 def distillation_loop(f: Function) -> bool:
     """00, exercise 3: f(teacher, student, fake, steps, rng) trains student and fake network in place and returns the
     student. Tried on one Gaussian beside the origin, with a student that has a mean and a standard deviation."""
-    teacher = GaussianMixture([[0.4, -0.2]], 0.2)
+    teacher = _Watched([[0.4, -0.2]], 0.2)
     seen: dict[str, Any] = {}
 
     @functools.wraps(f)
@@ -68,15 +68,29 @@ def distillation_loop(f: Function) -> bool:
             seen.update(
                 mean=mean, nearer=float((mean - teacher.mean).norm() < far), student=float(mean.norm() > 0),
                 fake=float(any((value != before[name]).any() for name, value in fake.state_dict().items())),
+                constant=float(not teacher.gradients),
             )
         return seen[what]
 
     return report(3, after, [
         ("do the fake network's weights move (1: yes, 0: no)", ("fake",), 1.0),
         ("do the student's weights move (1: yes, 0: no)", ("student",), 1.0),
+        ("is the direction a constant, as `torch.no_grad()` makes it (1: yes, 0: no)", ("constant",), 1.0),
         ("does the student come nearer to the teacher, or is a sign wrong (1: nearer, 0: not)", ("nearer",), 1.0),
         ("a student's mean, 0 at first, for a teacher at (0.4, -0.2), to 0.1", ("mean",), teacher.mean),
     ], atol=0.1, rtol=0)
+
+
+class _Watched(GaussianMixture):
+    """A mixture that knows whether a gradient ever came back through what it denoised."""
+
+    gradients = False
+
+    def __call__(self, x: Tensor, sigma: Any, label: Tensor | None = None) -> Tensor:
+        denoised = super().__call__(x, sigma, label)
+        if denoised.requires_grad:
+            denoised.register_hook(lambda _: setattr(self, "gradients", True))
+        return denoised
 
 
 def add_noise(f: Function) -> bool:
@@ -99,12 +113,17 @@ def mixture_score(f: Function) -> bool:
     cases: list[Case] = []
     for title, stds in (("equal stds", torch.full((3,), 0.7)), ("different stds", torch.tensor([0.4, 0.8, 1.5]))):
         cases.append((title, (x, means, stds, weights), ours.mixture_score(x, means, stds, weights)))
+    wide = torch.cat([x, points(6, seed=1)[:, :1]], 1), torch.cat([means, means[:, :1]], 1), stds, weights
+    cases.append(("three dimensions", wide, ours.mixture_score(*wide)))
 
     def without_normaliser(x: Tensor, means: Tensor, stds: Tensor, weights: Tensor) -> Tensor:
         return ours.mixture_score(x, means, stds, weights * stds ** x.shape[1])
 
     return report(1, f, cases, hints={
         "a Gaussian's density is divided by s^d, which no longer cancels": without_normaliser,
+        "s^d, where d is the dimension of x": lambda x, m, s, w: ours.mixture_score(x, m, s, w * s ** (x.shape[1] - 2)),
+        "a Gaussian's density is divided by s^d, not by s":
+            lambda x, m, s, w: ours.mixture_score(x, m, s, w * s ** (x.shape[1] - 1)),
         "the weights w_k are part of the responsibilities":
             lambda x, m, s, w: ours.mixture_score(x, m, s, torch.ones_like(w)),
     })
@@ -184,13 +203,20 @@ def training_loop(f: Function) -> bool:
             losses.append(value.item())
         return losses
 
-    return report(2, f, [
+    @functools.wraps(f)
+    def floats(loss: Any, optimizer: Any, steps: int) -> Any:
+        losses = f(loss, optimizer, steps)
+        if isinstance(losses, list) and any(isinstance(value, Tensor) for value in losses):
+            raise TypeError("the list holds tensors; wanted floats, as loss.item() gives them")
+        return losses
+
+    return report(2, floats, [
         ("five steps on |w|^2 / 2", start, descend(*start())),
         ("one step", lambda: start(0.1, 1), descend(*start(0.1, 1))),
     ], hints={
         "gradients of earlier steps pile up: call optimizer.zero_grad()":
             lambda loss, o, n: descend(loss, o, n, forget=True),
-        "the weights never change: call optimizer.step() after backward()":
+        "the weights never change: call optimizer.step() after backward(), and zero_grad() not between the two":
             lambda loss, o, n: descend(loss, o, n, step=False),
     })
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from minidistill import check
+from minidistill import score_matching as sm
 
 _spec = importlib.util.spec_from_file_location("solutions", Path(__file__).parents[2] / "tutorials" / "solutions.py")
 assert _spec is not None
@@ -240,3 +241,42 @@ def test_every_solution_has_a_check_and_wrong_answers():
     defined = {name for name, value in vars(solutions).items() if callable(value)}
     assert defined == set(WRONG)
     assert all(len(answers) >= 2 for answers in WRONG.values())
+
+
+def test_a_direction_with_a_gradient_is_no_constant(capsys):
+    """It looks like a solution, trains, and follows another gradient."""
+    def leaking(teacher, student, fake, steps, rng):
+        scale = teacher.sigma_data
+        ours = torch.optim.Adam(student.parameters(), 2e-3, betas=(0.0, 0.99))
+        theirs = torch.optim.Adam(fake.parameters(), 5e-3, betas=(0.0, 0.99))
+        for _ in range(steps):
+            x0 = solutions.one_call(student, torch.randn(256, 2, generator=rng), 0.5 * scale)
+            for sigma in (sm.log_uniform_sigma(256, 0.035 * scale, 5 * scale, rng, "cpu") for _ in range(3)):
+                noise = torch.randn(256, 2, generator=rng)
+                loss = sm.denoising_loss(fake, x0.detach(), sigma, noise, weight=sm.edm_weight(sigma, scale)).mean()
+                theirs.zero_grad()
+                loss.backward()
+                theirs.step()
+            xt = x0 + sigma[:, None] * torch.randn(256, 2, generator=rng)
+            D_p = teacher(xt, sigma)
+            direction = (D_p - fake(xt, sigma)) / (x0 - D_p).abs().mean(1, keepdim=True).clamp(min=1e-3)
+            loss = -(direction * x0).sum(1).mean()
+            ours.zero_grad()
+            loss.backward()
+            ours.step()
+        return student
+
+    assert not check.distillation_loop(leaking)
+    assert "is the direction a constant" in capsys.readouterr().out
+
+
+def test_dimensions_and_types_are_looked_at(capsys):
+    plane = lambda x, m, s, w: check.ours.mixture_score(x, m, s, w * s ** (x.shape[1] - 2))  # noqa: E731
+    assert not check.mixture_score(plane)
+    assert "s^d, where d is the dimension of x" in capsys.readouterr().out
+
+    def tensors(loss, optimizer, steps):
+        return [torch.tensor(value) for value in solutions.training_loop(loss, optimizer, steps)]
+
+    assert not check.training_loop(tensors)
+    assert "loss.item()" in capsys.readouterr().out
