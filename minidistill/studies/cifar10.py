@@ -355,7 +355,8 @@ def _recorded(
                 "images": images, "images_total": before + done["step"] * s.batch_size,
                 "images_per_second": images / seconds,
                 "speed": next(key for key, value in SPEEDS.items() if value == speed), "seed": s.seed,
-                "skipped": done["skipped"], "curve": _curve(done["history"], before),
+                "skipped": done["skipped"],
+                "curve": _curve([row for row in done["history"] if row["step"] > first], before),
             })
 
 

@@ -56,6 +56,8 @@ def test_a_teacher_carries_on_from_its_state(folder):
     assert first["curve"][-1]["images"] == first["images_total"]
     second = run("teacher", folder)
     assert second["images_total"] == first["images_total"] + second["images"]
+    assert second["curve"][0]["images"] > first["images_total"]  # of this call alone
+    assert second["curve"][-1]["images"] == second["images_total"]
     assert training.progress_of(folder / "state" / "teacher.safetensors")["step"] * 4 == second["images_total"]
     model, info = checkpoints.load_model(folder / "teacher.safetensors")
     assert isinstance(model, Denoiser)
