@@ -15,8 +15,15 @@ FILES = sorted((ROOT / "tutorials" / "checkpoints").glob("*.safetensors"))
 RECORDS = json.loads((ROOT / "figures" / "cifar10" / "results.json").read_text())
 
 
-def records(stage):
-    return [row for row in RECORDS if row["stage"] == stage]
+SIZES = sorted({row["size"] for row in RECORDS})
+
+
+def records(stage, size):
+    return [row for row in RECORDS if (row["stage"], row["size"]) == (stage, size)]
+
+
+def test_both_sizes_are_there():
+    assert SIZES == [16, 32]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -41,24 +48,27 @@ def test_they_are_few_megabytes():
     assert sum(file.stat().st_size for file in FILES) < 60 * 2**20
 
 
-def test_every_student_has_its_record_and_its_numbers():
-    (measured,) = records("evaluate")[-1:]
-    for file in FILES:
-        if "_student_" not in file.stem:
-            continue
+@pytest.mark.parametrize("size", SIZES)
+def test_every_student_has_its_record_and_its_numbers(size):
+    (measured,) = records("evaluate", size)[-1:]
+    students = [file for file in FILES if f"_{size}x{size}_student_" in file.stem]
+    assert students
+    for file in students:
         name, (_, info) = file.stem.split("_student_")[1], checkpoints.load_model(file)
-        trained = [row for row in records("student") if row["objective"] == name]
+        trained = [row for row in records("student", size) if row["objective"] == name]
         assert trained[-1]["images_total"] == sum(row["images"] for row in trained) == info["images"]
         rows = [row for row in measured["metrics"] if row["model"] == name]
         assert len({row["features"] for row in rows}) == 2
         assert all(row["n"] >= 1000 and row["calls"] == 1 and row["frechet"] > 0 for row in rows)
 
 
-def test_the_teacher_s_record_reaches_to_its_weights():
-    _, info = checkpoints.load_model(ROOT / "tutorials" / "checkpoints" / "cifar10_16x16_teacher.safetensors")
-    (teacher,) = [row for row in records("teacher") if row["size"] == 16][-1:]
-    assert teacher["images_total"] == info["images"]
-    assert teacher["curve"][-1]["images"] <= info["images"]
+@pytest.mark.parametrize("size", SIZES)
+def test_the_teacher_s_record_reaches_to_its_weights(size):
+    _, info = checkpoints.load_model(ROOT / "tutorials" / "checkpoints" / f"cifar10_{size}x{size}_teacher.safetensors")
+    stretches = records("teacher", size)
+    assert stretches[-1]["images_total"] == sum(row["images"] for row in stretches) == info["images"]
+    seen = [point["images"] for row in stretches for point in row["curve"]]
+    assert seen == sorted(seen)  # each stretch's curve is its own
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda row: f"{row['stage']} {row.get('objective', '')}")
