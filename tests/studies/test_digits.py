@@ -114,7 +114,7 @@ def test_the_stored_rows_are_those_of_the_trials_as_they_are_now():
     for study, name in TRIALS:
         seeds = stored.runs(study, name, "seed")
         assert seeds == list(range(len(seeds)))
-        assert seeds
+        assert len(seeds) >= 3
         assert set(stored.runs(study, name, "steps")) == {0 if name == "start" else digits.STEPS}
         assert stored.samples(study, name).shape == (100, 1, 8, 8)
     assert all(np.isfinite([v for v in row.values() if isinstance(v, float)]).all() for row in stored.rows)
