@@ -117,7 +117,7 @@ def test_a_wrong_answer_that_was_saved_is_still_wrong(answer, passes, tmp_path):
 @pytest.mark.parametrize(
     ("answer", "verdict"),
     [("(teacher_x0 - fake_x0) / sigma[:, None] ** 2", "1 passed"), ("...", "1 skipped"),
-     ("(teacher_x0 - fake_x0) / sigma[:, None]", "right up to a factor sigma")],
+     ("(teacher_x0 - fake_x0) / sigma[:, None]", "divide by sigma^2, not by sigma")],
 )
 def test_an_answer_in_a_file(answer, verdict, tmp_path):
     shutil.copy(TUTORIALS / "test_answers.py", tmp_path)
@@ -131,6 +131,12 @@ def test_every_stub_has_an_answer_and_the_other_way_round():
         for source in _cells(path, "code"):
             stubs |= set(solve.solved(source, dict.fromkeys(known, ""))[1])
     assert stubs == known
+
+
+def test_every_prediction_that_is_asked_for_is_answered():
+    asked = {name for path in NOTEBOOKS for text in _cells(path, "markdown")
+             for name in re.findall(r'PREDICTIONS\["(\w+)"\]', text)}
+    assert asked == set(_load("solutions").PREDICTIONS)
 
 
 def test_a_class_with_one_stub_for_a_method_is_filled_in():

@@ -51,7 +51,9 @@ def _verdict(f: Function, cases: Sequence[Case], hints: Mapping[str, Function], 
         try:
             got = f(*_fresh(arguments))
         except Exception as error:
-            return f"{title}: raised {type(error).__name__}: {' '.join(str(error).split())}{_line(f, error)}"
+            said = f"{title}: raised {type(error).__name__}: {' '.join(str(error).split())}{_line(f, error)}"
+            hint = _error_hint(f, error, arguments)
+            return said + (f". Hint: {hint}" if hint else "")
         if got is ...:
             return "not attempted yet"
         if got is None:
@@ -110,6 +112,16 @@ def _shape_hint(got: Any, expected: Any) -> str:
     if want and have == ():
         return "you return one number for all samples; wanted one for each: sum or average over dim=1 only"
     return ""
+
+
+def _error_hint(f: Function, error: Exception, arguments: tuple[Any, ...] | Callable[[], tuple[Any, ...]]) -> str:
+    """For numbers (n,) that were put together with samples (n, d) as they are."""
+    if "must match the size" not in str(error):
+        return ""
+    given = dict(zip(inspect.signature(f).parameters, _fresh(arguments), strict=False))
+    flat = [name for name, value in given.items() if isinstance(value, Tensor) and value.ndim == 1]
+    wide = any(isinstance(value, Tensor) and value.ndim > 1 for value in given.values())
+    return f"`{flat[0]}` has one number a row: as a column it is `{flat[0]}[:, None]`" if flat and wide else ""
 
 
 def _hint(f: Function, cases: Sequence[Case], hints: Mapping[str, Function], rtol: float, atol: float) -> str:

@@ -30,8 +30,10 @@ def one_call(f: Function) -> bool:
     ]
     return report(1, f, cases, hints={
         "the step starts at x = sigma z, not at z": lambda D, z, s: D(z, s),
-        "the step goes down, from sigma to 0, so that it is -sigma long": lambda D, z, s: 2 * s * z - D(s * z, s),
+        "the sign is wrong: the step is 0 - sigma long, and the slope is (x - D) / sigma":
+            lambda D, z, s: 2 * s * z - D(s * z, s),
         "that is the slope; the step is x plus its length times the slope": lambda D, z, s: (s * z - D(s * z, s)) / s,
+        "the slope is (x - D) / sigma: it is divided by sigma": lambda D, z, s: s * z - s * (s * z - D(s * z, s)),
     })
 
 
@@ -45,7 +47,10 @@ def score_gap(f: Function) -> bool:
             ("many noise levels", p, q, sigma),
         )
     ]
-    return report(2, f, cases)
+    return report(2, f, cases, hints={
+        "a score is (D - x) / sigma^2: divide by sigma^2, not by sigma": lambda p, q, s: (p - q) / s[:, None],
+        "that is the gap of the denoisers; a score is (D - x) / sigma^2": lambda p, q, s: p - q,
+    })
 
 
 def distillation_loop(f: Function) -> bool:
@@ -104,6 +109,7 @@ def add_noise(f: Function) -> bool:
     ], hints={
         "the noise's standard deviation is sigma, its variance sigma^2":
             lambda x0, s, e: ours.add_noise(x0, s.sqrt(), e),
+        "the noise is added to x0, which is not scaled": lambda x0, s, e: s[:, None] * (x0 + e),
     })
 
 
@@ -148,8 +154,11 @@ def euler_step(f: Function) -> bool:
         (f"from {sigma:g} to {after:g}", (target, x, sigma, after), ours.euler_step(target, x, sigma, after))
         for sigma, after in ((1.0, 0.0), (2.0, 1.5), (0.5, 0.1))
     ], hints={
-        "the step's length is after - sigma, which is negative":
+        "the sign is wrong: the step is after - sigma long, which is negative, and the slope is (x - D) / sigma":
             lambda D, x, s, t: x + (s - t) * (x - D(x, s)) / s,
+        "that is a step all the way to level 0; it ends at the level `after`": lambda D, x, s, t: D(x, s),
+        "the slope is that at `sigma`, where x is, so it is divided by sigma":
+            lambda D, x, s, t: x + (t - s) * (x - D(x, s)) / (t or s),
         "the slope is (x - D) / sigma: it is divided by sigma": lambda D, x, s, t: x + (t - s) * (x - D(x, s)),
         "that is the slope; the step is x plus its length times the slope": lambda D, x, s, t: (x - D(x, s)) / s,
     })
@@ -160,7 +169,10 @@ def langevin_share(f: Function) -> bool:
     return report(5, f, [
         (f"start = {start:g}, weight = {weight:g}", (start, weight), start)
         for start, weight in ((0.5, 0.8), (0.3, 0.8), (0.9, 0.1))
-    ])
+    ], hints={
+        "that is where endless runs end; how would a walker cross the gap? On each side the score knows nothing of the "
+        "weights": lambda start, weight: weight,
+    })
 
 
 def denoising_loss(f: Function) -> bool:
@@ -181,6 +193,10 @@ def denoising_loss(f: Function) -> bool:
         "the target is the clean x0; the noise is what a noise predictor returns": lambda D, x0, s, e: (
             (D(ours.add_noise(x0, s, e), s) - e).square().mean(1)),
         "a square is missing": lambda D, x0, s, e: (D(ours.add_noise(x0, s, e), s) - x0).abs().mean(1),
+        "averaged over the d coordinates, not summed: `.mean(1)`":
+            lambda D, x0, s, e: 2 * ours.denoising_loss(D, x0, s, e),
+        "that is the score's squared error; the denoiser's has no factor 1 / sigma^4":
+            lambda D, x0, s, e: ours.denoising_loss(D, x0, s, e) / s**4,
     })
 
 
@@ -206,6 +222,8 @@ def training_loop(f: Function) -> bool:
     @functools.wraps(f)
     def floats(loss: Any, optimizer: Any, steps: int) -> Any:
         losses = f(loss, optimizer, steps)
+        if isinstance(losses, (float, Tensor)):
+            raise TypeError("expected the list of all losses, one a step, got one number")
         if isinstance(losses, list) and any(isinstance(value, Tensor) for value in losses):
             raise TypeError("the list holds tensors; wanted floats, as loss.item() gives them")
         return losses
