@@ -199,11 +199,12 @@ def dots(
 
 
 def _label_log(axis: Axis) -> None:
-    """Plain numbers at 1, 2 and 5 on a logarithmic axis of few decades, at a few even steps on a very short one."""
+    """Plain numbers at 1, 2 and 5 on a logarithmic axis of few decades, at 3 and 7 too within one decade, and at a few
+    even steps on a very short one."""
     low, high = axis.get_view_interval()
     if high < 300 * low:
         axis.set_major_formatter("{x:g}")
-        axis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axis.set_minor_locator(LogLocator(subs=(2, 5) if high > 10 * low else (2, 3, 5, 7)))
         axis.set_minor_formatter("{x:g}")
     if high < 4 * low:  # too short for those: evenly spaced numbers
         axis.set_major_locator(MaxNLocator(4))

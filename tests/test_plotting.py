@@ -202,3 +202,11 @@ def test_shares_of_modes():
     heights = np.reshape([bar.get_height() for bar in ax.patches], (2, 4))
     assert np.allclose(heights, [[0.25] * 4, [1, 0, 0, 0]])
     assert np.allclose(ax.collections[0].get_offsets()[:, 1], target.weights)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.19, 0.8), (0.05, 6.0), (0.38, 1.5), (1.0, 1.3)])
+def test_a_logarithmic_axis_has_at_least_three_numbers(low, high):
+    axis = plotting.curves({"a": ([1, 2], [low, high])}).yaxis
+    bottom, top = axis.get_view_interval()
+    ticks = [*axis.get_majorticklocs(), *axis.get_minorticklocs()]
+    assert len([tick for tick in ticks if bottom <= tick <= top]) >= 3

@@ -145,6 +145,12 @@ def training_loop(loss, optimizer, steps):
     return losses
 
 
+def even_weight(sigma, sigma_data):
+    """p(x0 | x) is N(x0; 0, sigma_data^2) N(x; x0, sigma^2), up to a constant. Their exponents add,
+    and so do one over their variances; that sum is one over the variance of x0 given x."""
+    return 1 / sigma**2 + 1 / sigma_data**2
+
+
 # 02b_more_losses
 def stein_trace(field, x, noise, radius):
     """E[e'(s(x + re) - s(x)) / r] is the mean of tr grad s around x."""

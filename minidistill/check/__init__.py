@@ -23,6 +23,7 @@ from minidistill.check.scores import (
     denoising_loss,
     distillation_loop,
     euler_step,
+    even_weight,
     gauge_defect,
     langevin_share,
     linear_step,
@@ -43,7 +44,7 @@ __all__ = [
     "claims", "ours", "report",
     "one_call", "score_gap", "distillation_loop",  # 00
     "add_noise", "mixture_score", "tweedie", "euler_step", "langevin_share",  # 01
-    "denoising_loss", "training_loop", "stein_trace", "best_share",  # 02, 02b
+    "denoising_loss", "training_loop", "even_weight", "stein_trace", "best_share",  # 02, 02b
     "class_gradient", "gauge_defect", "step_score", "linear_step",  # 03, 03b
     "velocity", "uniform_time_density", "bridge_velocity",  # 04, 04b
     "weighted_denoiser", "aligned_share", "unbiased_loss",  # 05, 05b

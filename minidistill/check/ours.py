@@ -25,9 +25,10 @@ from minidistill.teachers.closed_form import GaussianTeacher
 __all__ = [
     "OwnObjective", "add_noise", "aligned_share", "best_cover", "best_share", "bridge_velocity",
     "chi_squared_conjugate", "class_gradient", "ddim_step", "denoising_loss", "distillation_loop", "divergence_weight",
-    "dmd_gradient", "energy_loss", "euler_step", "flipped_weight", "gauge_defect", "gaussian_fisher", "gaussian_flow",
-    "heun_solver", "implicit_loss", "kl_integrand", "linear_step", "mixture_denoiser", "mixture_score", "one_call",
-    "pseudo_huber_slope", "reverse_kl_gradient", "score_gap", "stein_trace", "step_score", "training_loop", "tweedie",
+    "dmd_gradient", "energy_loss", "euler_step", "even_weight", "flipped_weight", "gauge_defect", "gaussian_fisher",
+    "gaussian_flow", "heun_solver", "implicit_loss", "kl_integrand", "linear_step", "mixture_denoiser",
+    "mixture_score", "one_call", "pseudo_huber_slope", "reverse_kl_gradient", "score_gap", "stein_trace", "step_score",
+    "training_loop", "tweedie",
     "unbiased_loss", "uniform_time_density", "velocity", "weighted_denoiser",
 ]
 
@@ -102,6 +103,11 @@ def euler_step(denoiser: Denoise, x: Tensor, sigma: float, after: float) -> Tens
 def denoising_loss(denoiser: Denoise, x0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
     """|D(x0 + sigma noise, sigma) - x0|^2 / d, (n,)."""
     return (denoiser(add_noise(x0, sigma, noise), sigma) - x0).square().mean(1)
+
+
+def even_weight(sigma: Tensor, sigma_data: float) -> Tensor:
+    """One over the variance of x0 given x = x0 + sigma e, for x0 from N(0, sigma_data^2): the precisions add, (n,)."""
+    return 1 / sigma**2 + 1 / sigma_data**2
 
 
 def training_loop(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, steps: int) -> list[float]:

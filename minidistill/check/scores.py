@@ -17,8 +17,8 @@ from minidistill.distributions import GaussianMixture, ring
 
 __all__ = [
     "add_noise", "best_share", "bridge_velocity", "class_gradient", "denoising_loss", "distillation_loop",
-    "euler_step", "gauge_defect", "langevin_share", "linear_step", "mixture_score", "one_call", "score_gap",
-    "stein_trace", "step_score", "training_loop", "tweedie", "uniform_time_density", "velocity",
+    "euler_step", "even_weight", "gauge_defect", "langevin_share", "linear_step", "mixture_score", "one_call",
+    "score_gap", "stein_trace", "step_score", "training_loop", "tweedie", "uniform_time_density", "velocity",
 ]
 
 
@@ -236,6 +236,21 @@ def training_loop(f: Function) -> bool:
             lambda loss, o, n: descend(loss, o, n, forget=True),
         "the weights never change: call optimizer.step() after backward(), and zero_grad() not between the two":
             lambda loss, o, n: descend(loss, o, n, step=False),
+    })
+
+
+def even_weight(f: Function) -> bool:
+    """02, exercise 3: f(sigma, sigma_data) is 1 / Var(x0 | x) for x0 from N(0, sigma_data^2), (n,)."""
+    sigma = torch.tensor([0.1, 0.3, 0.5, 1.0, 2.0, 5.0])
+    return report(3, f, [
+        (f"sigma_data = {data:g}", (sigma, data), ours.even_weight(sigma, data)) for data in (0.5, 1.0, 2.0)
+    ], hints={
+        "that is the variance; the weight is one over it": lambda s, d: 1 / ours.even_weight(s, d),
+        "one over the variance, not over the standard deviation": lambda s, d: ours.even_weight(s, d).sqrt(),
+        "that is one over the variance of x; wanted that of x0, once x is known": lambda s, d: 1 / (s**2 + d**2),
+        "the data's own variance counts too: x0 is known before x is seen, to sigma_data": lambda s, d: 1 / s**2,
+        "two Gaussian factors are multiplied, N(x0; 0, sigma_data^2) and N(x; x0, sigma^2): their exponents add":
+            lambda s, d: (s**2 + d**2) / s**4,
     })
 
 

@@ -96,6 +96,8 @@ def test_tolerance(capsys):
         ("euler_step", lambda D, x, s, t: D(x, s), "all the way to level 0"),
         ("langevin_share", lambda start, weight: weight, "cross the gap"),
         ("denoising_loss", lambda D, x0, s, e: check.ours.denoising_loss(D, x0, s, e) / s**4, "no factor 1 / sigma^4"),
+        ("even_weight", lambda s, d: s**2 * d**2 / (s**2 + d**2), "that is the variance"),
+        ("even_weight", lambda s, d: 1 / s**2, "the data's own variance counts too"),
         ("training_loop", lambda loss, optimizer, n: loss().item(), "the list of all losses"),
         ("tweedie", lambda score, x, sigma: x + sigma * score(x), "the variance sigma^2"),
         ("euler_step", lambda D, x, s, t: x + (s - t) * (x - D(x, s)) / s, "which is negative"),

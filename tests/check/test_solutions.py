@@ -83,6 +83,7 @@ WRONG: dict[str, list[Callable[..., Any]]] = {
         lambda D, x0, s, e: (D(x0, s) - x0).square().mean(1),
         lambda D, x0, s, e: (D(x0 + s[:, None] * e, s) - x0).square().sum(1),
     ],
+    "even_weight": [lambda s, d: s**2 * d**2 / (s**2 + d**2), lambda s, d: 1 / s**2, lambda s, d: 1 / (s**2 + d**2)],
     "training_loop": [_without_zero_grad, lambda loss, optimizer, steps: [loss().item() for _ in range(steps)]],
     "stein_trace": [
         lambda f, x, e, r: (e * f(x + r * e)).sum(1) / r, lambda f, x, e, r: (e * (f(x + r * e) - f(x))).sum(1) / r**2,
@@ -280,3 +281,15 @@ def test_dimensions_and_types_are_looked_at(capsys):
 
     assert not check.training_loop(tensors)
     assert "loss.item()" in capsys.readouterr().out
+
+
+def test_the_even_weight_is_edms_and_makes_every_level_count_one():
+    sigma = torch.tensor([0.05, 0.5, 3.0], dtype=torch.float64)
+    x = torch.linspace(-40, 40, 200_001, dtype=torch.float64)
+    for data in (0.5, 2.0):
+        weight = solutions.even_weight(sigma, data)
+        torch.testing.assert_close(weight, sm.edm_weight(sigma, data))
+        for level, w in zip(sigma, weight, strict=True):  # the posterior at the noised point 0.3, by quadrature
+            p = (-(x**2) / (2 * data**2) - (0.3 - x) ** 2 / (2 * level**2)).softmax(0)
+            variance = (p * x**2).sum() - (p * x).sum() ** 2
+            torch.testing.assert_close(w * variance, torch.ones_like(w), rtol=1e-6, atol=0)
