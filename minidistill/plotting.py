@@ -9,10 +9,10 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
@@ -29,12 +29,16 @@ __all__ = [
 ]
 
 #: Seaborn's colour-blind-safe palette; the same colour means the same thing in every figure.
-PALETTE = sns.color_palette("colorblind")
+PALETTE = [to_rgb(f"#{colour}") for colour in (
+    "0173b2", "de8f05", "029e73", "d55e00", "cc78bc", "ca9161", "fbafe4", "949494", "ece133", "56b4e9",
+)]
 TEACHER, STUDENT = PALETTE[7], PALETTE[0]
 
 
 def use_theme() -> None:
     """Seaborn's white-grid theme with type that stays readable when the figure is shrunk."""
+    import seaborn as sns  # here, since it takes longer to import than all else that a picture needs
+
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", font_scale=1.0)
 
 

@@ -210,3 +210,9 @@ def test_a_logarithmic_axis_has_at_least_three_numbers(low, high):
     bottom, top = axis.get_view_interval()
     ticks = [*axis.get_majorticklocs(), *axis.get_minorticklocs()]
     assert len([tick for tick in ticks if bottom <= tick <= top]) >= 3
+
+
+def test_the_palette_is_seaborns():
+    import seaborn
+
+    assert [tuple(colour) for colour in seaborn.color_palette("colorblind")] == plotting.PALETTE

@@ -11,7 +11,7 @@ from torch.nn.functional import relu, silu
 
 from minidistill import _validate
 
-__all__ = ["ACTIVATIONS", "MLP", "NoiseEmbedding", "null_number"]
+__all__ = ["ACTIVATIONS", "MLP", "LabelEmbedding", "NoiseEmbedding", "null_number", "octaves"]
 
 
 class NoiseEmbedding(nn.Module):
@@ -21,11 +21,25 @@ class NoiseEmbedding(nn.Module):
 
     def __init__(self, features: int = 16) -> None:
         super().__init__()
-        self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(features // 2), persistent=False)
+        self.register_buffer("frequencies", octaves(torch.arange(features // 2, device="cpu")), persistent=False)
 
     def forward(self, c_noise: Tensor) -> Tensor:
         angle = c_noise.reshape(-1, 1) * self.frequencies / 4
         return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+class LabelEmbedding(nn.Embedding):
+    """A vector for each class; not filled on the meta device, for the same reason as `octaves`."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+def octaves(steps: Tensor) -> Tensor:
+    """pi 2^steps, from steps on the CPU to the default device. On the meta device, where checkpoints are looked at, any
+    arithmetic makes torch load its compiler, which takes it two seconds."""
+    return (math.pi * 2.0 ** steps).to(torch.get_default_device())
 
 
 def null_number(n_classes: int, null_class: bool) -> int | None:
@@ -83,7 +97,7 @@ class MLP(nn.Module):
         features = math.prod(shape)
         self.noise = NoiseEmbedding()
         self.condition = nn.Linear(16, hidden)
-        self.label = nn.Embedding(n_classes + bool(null_class), hidden) if n_classes else None
+        self.label = LabelEmbedding(n_classes + bool(null_class), hidden) if n_classes else None
         self.inward = nn.Linear(features, hidden)
         self.blocks = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
         self.outward = nn.Linear(hidden, out_features or features)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear, pixel_shuffle, pixel_unshuffle, scaled_dot_product_attention, silu
 
 from minidistill import _validate
-from minidistill.networks.mlp import NoiseEmbedding, null_number
+from minidistill.networks.mlp import LabelEmbedding, NoiseEmbedding, null_number, octaves
 
 __all__ = ["PRESETS", "Attention", "Pointwise", "ResBlock", "UNet", "grow", "preset"]
 
@@ -126,9 +126,9 @@ class UNet(nn.Module):
         width, side = 4 * channels, shape[1] // patch
         self.noise = NoiseEmbedding(channels)
         # The MLP's octaves, 0 to 7, sampled more finely: far higher frequencies would turn rounding into noise.
-        self.noise.frequencies = math.pi * 2.0 ** torch.linspace(0, 7, channels // 2)
+        self.noise.frequencies = octaves(torch.linspace(0, 7, channels // 2, device="cpu"))
         self.embed = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width))
-        self.label = nn.Embedding(n_classes + bool(null_class), width) if n_classes else None
+        self.label = LabelEmbedding(n_classes + bool(null_class), width) if n_classes else None
         self.first = nn.Conv2d(colours, channels, 3, padding=1)
 
         def block(inward: int, outward: int) -> nn.ModuleList:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy import sparse
-from scipy.optimize import linear_sum_assignment, linprog
 from torch import Tensor
 
 from minidistill import _validate
@@ -127,6 +125,8 @@ def wasserstein_2(
     scale = max(largest(x), largest(y))
     apart = distances(x.detach().double() / scale, y.detach().double() / scale).cpu().numpy()
     if weights_x is None and weights_y is None and len(x) == len(y):
+        from scipy.optimize import linear_sum_assignment  # here, since few calls need it and every program would wait
+
         i, j = (torch.as_tensor(index, device=x.device) for index in linear_sum_assignment(np.square(apart)))
         mass = None
     else:
@@ -141,6 +141,9 @@ def wasserstein_2(
 def _optimal_plan(cost: np.ndarray, a: Tensor, b: Tensor) -> np.ndarray:
     """The plan (n, m) of marginals a (n,) and b (m,) with the least <plan, cost>, by linear programming."""
     n, m = cost.shape
+    from scipy import sparse
+    from scipy.optimize import linprog
+
     sums = sparse.vstack([sparse.kron(sparse.eye(n), np.ones((1, m))), sparse.kron(np.ones((1, n)), sparse.eye(m))])
     marginals = [w.detach().double().cpu().numpy() for w in (a, b)]
     wanted = np.concatenate([w / w.sum() for w in marginals])

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -238,3 +240,15 @@ def test_models_made_with_numpys_numbers_are_saved(tmp_path, build):
     assert info == {"n": 3, "rate": 0.5, "loss": 0.25}
     with pytest.raises(TypeError, match=r"info\.samples is Tensor of shape \(3,\); wanted a number"):
         checkpoints.save_model(tmp_path / "m", model, samples=torch.ones(3))
+
+
+def test_looking_at_a_checkpoint_does_not_load_torchs_compiler(tmp_path):
+    """Which takes seconds; nor does the command line load what few commands need."""
+    checkpoints.save_model(tmp_path / "a.safetensors", Denoiser(UNet((1, 8, 8), channels=8, n_classes=3), 0.5))
+    program = (
+        "import sys; import minidistill.cli; from minidistill.training.checkpoints import load_model; "
+        f"load_model({str(tmp_path / 'a.safetensors')!r}); dear = ('torch._dynamo', 'seaborn', 'scipy.stats', 'sklearn'); "
+        "print([name for name in dear if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
