@@ -247,7 +247,8 @@ def test_looking_at_a_checkpoint_does_not_load_torchs_compiler(tmp_path):
     checkpoints.save_model(tmp_path / "a.safetensors", Denoiser(UNet((1, 8, 8), channels=8, n_classes=3), 0.5))
     program = (
         "import sys; import minidistill.cli; from minidistill.training.checkpoints import load_model; "
-        f"load_model({str(tmp_path / 'a.safetensors')!r}); dear = ('torch._dynamo', 'seaborn', 'scipy.stats', 'sklearn'); "
+        f"load_model({str(tmp_path / 'a.safetensors')!r}); "
+        "dear = ('torch._dynamo', 'seaborn', 'scipy.stats', 'sklearn'); "
         "print([name for name in dear if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
