@@ -10,6 +10,7 @@ an exercise made is used afterwards; until it is correct, its namesake in `check
 from minidistill.check import ours
 from minidistill.check._claims import claims
 from minidistill.check._core import report
+from minidistill.check.distilling import distillation_loop
 from minidistill.check.divergences import chi_squared_conjugate, energy_loss, flipped_weight, kl_integrand
 from minidistill.check.gradients import best_cover, divergence_weight, reverse_kl_gradient
 from minidistill.check.implicit import gaussian_fisher, implicit_loss, pseudo_huber_slope
@@ -21,7 +22,6 @@ from minidistill.check.scores import (
     bridge_velocity,
     class_gradient,
     denoising_loss,
-    distillation_loop,
     euler_step,
     even_weight,
     gauge_defect,

@@ -48,8 +48,9 @@ def report(
 
 def _verdict(f: Function, cases: Sequence[Case], hints: Mapping[str, Function], rtol: float, atol: float) -> str:
     for title, arguments, expected in cases:
+        given, unchanged = _fresh(arguments), _fresh(arguments)
         try:
-            got = f(*_fresh(arguments))
+            got = f(*given)
         except Exception as error:
             said = f"{title}: raised {type(error).__name__}: {' '.join(str(error).split())}{_line(f, error)}"
             hint = _error_hint(f, error, arguments)
@@ -58,6 +59,8 @@ def _verdict(f: Function, cases: Sequence[Case], hints: Mapping[str, Function], 
             return "not attempted yet"
         if got is None:
             return "your function returns None; is a `return` missing?"
+        if not callable(arguments) and (name := _changed(f, given, unchanged)):
+            return f"{title}: your function changes its argument `{name}`, which others still need. Hint: no x += y"
         mismatch = _mismatch(got, expected, rtol, atol)
         if mismatch:
             hint = _shape_hint(got, expected) or _hint(f, cases, hints, rtol, atol)
@@ -69,6 +72,23 @@ def _fresh(arguments: tuple[Any, ...] | Callable[[], tuple[Any, ...]]) -> list[A
     """Copies of the arguments, so that a function that changes them changes no other case."""
     given = arguments() if callable(arguments) else arguments
     return [a.clone() if isinstance(a, Tensor) else a for a in given]
+
+
+def _changed(f: Function, given: Sequence[Any], before: Sequence[Any]) -> str:
+    """The first argument whose numbers are not what they were, or ""."""
+    names = _parameters(f)
+    for i, (now, then) in enumerate(zip(given, before, strict=True)):
+        if isinstance(now, Tensor) and not torch.equal(now.nan_to_num(), then.nan_to_num()):
+            return names[i] if i < len(names) else str(i)
+    return ""
+
+
+def _parameters(f: Function) -> list[str]:
+    """The names of its arguments, as far as they can be told."""
+    try:
+        return list(inspect.signature(f).parameters)
+    except (TypeError, ValueError):
+        return []
 
 
 def _line(f: Function, error: Exception) -> str:
@@ -115,10 +135,13 @@ def _shape_hint(got: Any, expected: Any) -> str:
 
 
 def _error_hint(f: Function, error: Exception, arguments: tuple[Any, ...] | Callable[[], tuple[Any, ...]]) -> str:
-    """For numbers (n,) that were put together with samples (n, d) as they are."""
+    """For numbers (n,) that were put together with samples (n, d) as they are, and for one number taken for many."""
+    given = dict(zip(_parameters(f), _fresh(arguments), strict=False))
+    if "'float' object is not subscriptable" in str(error):
+        single = [name for name, value in given.items() if isinstance(value, float)]
+        return f"`{single[0]}` is a single number here, so that it needs no [:, None]" if single else ""
     if "must match the size" not in str(error):
         return ""
-    given = dict(zip(inspect.signature(f).parameters, _fresh(arguments), strict=False))
     flat = [name for name, value in given.items() if isinstance(value, Tensor) and value.ndim == 1]
     wide = any(isinstance(value, Tensor) and value.ndim > 1 for value in given.values())
     return f"`{flat[0]}` has one number a row: as a column it is `{flat[0]}[:, None]`" if flat and wide else ""

@@ -83,6 +83,13 @@ def test_tolerance(capsys):
     assert check.report(1, lambda: 1.05, [("near", (), 1.0)], atol=0.1)
 
 
+def _unsafe(x, means, stds, weights):
+    """Right near the data, 0 / 0 far from them."""
+    offset = means - x[:, None]
+    joint = weights / stds ** x.shape[1] * (-(offset**2).sum(2) / (2 * stds**2)).exp()
+    return ((joint / joint.sum(1, keepdim=True) / stds**2)[:, :, None] * offset).sum(1)
+
+
 @pytest.mark.parametrize(
     ("name", "mistake", "hint"),
     [
@@ -94,7 +101,14 @@ def test_tolerance(capsys):
         ("one_call", lambda D, z, s: 2 * s * z - D(s * z, s), "the step is 0 - sigma long"),
         ("add_noise", lambda x0, sigma, noise: x0 + sigma * noise, "it is `sigma[:, None]`"),
         ("euler_step", lambda D, x, s, t: D(x, s), "all the way to level 0"),
+        ("euler_step", lambda D, x, s, t: x + (t - s)[:, None] * (x - D(x, s)) / s, "not subscriptable"),
+        ("tweedie", lambda score, x, sigma: x + sigma[:, None] ** 2 * score(x), "`sigma` is a single number here"),
         ("langevin_share", lambda start, weight: weight, "cross the gap"),
+        ("langevin_share", lambda start, weight: 1, "to one side"),
+        ("langevin_share", lambda start, weight: start * weight, "whatever the weights"),
+        ("add_noise", lambda x0, sigma, noise: x0.add_(sigma[:, None] * noise), "changes its argument `x0`"),
+        ("mixture_score", lambda x, m, s, w: _unsafe(x, m, s, w), "points far out"),
+        ("denoising_loss", lambda D, x0, s, e: check.ours.denoising_loss(D, x0, s, e).detach(), "with a gradient"),
         ("denoising_loss", lambda D, x0, s, e: check.ours.denoising_loss(D, x0, s, e) / s**4, "no factor 1 / sigma^4"),
         ("even_weight", lambda s, d: s**2 * d**2 / (s**2 + d**2), "that is the variance"),
         ("even_weight", lambda s, d: 1 / s**2, "the data's own variance counts too"),
