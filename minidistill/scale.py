@@ -32,3 +32,5 @@ def announce(smoke: str, cpu: str, gpu: str | None = None) -> None:
     same weights in every run. Not for a cell whose output is compared."""
     torch.manual_seed(0)
     print(f"{VARIABLE}={name()} ({' | '.join(NAMES)}): this notebook takes about {pick(smoke, cpu, gpu)}")
+    if name() == "smoke":
+        print("Numbers in the text are of the scale cpu; this one is for a quick look, and trains too little for them.")
