@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from minidistill import _validate
-from minidistill.studies import cifar10
+from minidistill.studies.cifar10_speed import hardware
 from minidistill.studies.spawned import main_hidden
 from minidistill.training import checkpoints, parallel
 
@@ -81,7 +81,7 @@ def collect(
     jobs = [job for study in studies for seed in seeds for name in trials[study]
             if (job := (study, name, seed)) not in have]
     order = {key: i for i, key in enumerate((study, name) for study in trials for name in trials[study])}
-    about = {"hardware": cifar10.hardware("cpu"), "torch": torch.__version__, "workers": workers}
+    about = {"hardware": hardware("cpu"), "torch": torch.__version__, "workers": workers}
     with parallel.workers(workers, torch.set_num_threads, (1,)) as pool:
         with main_hidden():
             futures = [pool.submit(run, *job) for job in jobs]
