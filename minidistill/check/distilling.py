@@ -1,4 +1,4 @@
-"""The loop of notebook 00, watched while it distils one Gaussian: a loop that forgets half of it trains as well."""
+"""The loop of notebook 00, watched while it distills one Gaussian: a loop that forgets half of it trains as well."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
                      help="a U-Net (default tiny for cifar10 and your own images, else an MLP)")
     _training_options(sub, "1e-3 for a U-Net, 2e-3 for an MLP")
 
-    sub = command("distill", commands.distil, "Distil a teacher to one step.",
+    sub = command("distill", commands.distil, "Distill a teacher to one step.",
                   "distill --teacher ring --objective forward_kl --out runs/student", "runs/student")
     sub.add_argument("--teacher", required=True, help=f"a .safetensors file, or {', '.join(MIXTURES)}")
     sub.add_argument("--objective", default="reverse_kl", help=", ".join(OBJECTIVES))

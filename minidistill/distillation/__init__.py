@@ -1,4 +1,4 @@
-"""Distil a diffusion teacher to one step: `distill(teacher, objective="reverse_kl", steps=...)`.
+"""Distill a diffusion teacher to one step: `distill(teacher, objective="reverse_kl", steps=...)`.
 
     start.py       `distill`: arguments checked, networks prepared, the loop run
     objectives/    what is minimised, one file a family

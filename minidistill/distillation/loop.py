@@ -214,7 +214,7 @@ def train(
     inspect: Callable[[Diagnosis], None] | None, patience: int | None, monitor: str | None,
     callbacks: Sequence[training.Callback] = (), **fit_options: Any,
 ) -> Distilled:
-    """Distil for `settings.steps` updates, in `training.fit`, with evaluations and an early end on a plateau."""
+    """Distill for `settings.steps` updates, in `training.fit`, with evaluations and an early end on a plateau."""
     before_training = getattr(objective, "before_training", None)
     if before_training is not None:
         before_training(run, settings)

@@ -65,7 +65,7 @@ def distill(
     monitor: str | None = None,
     **fit_options: Any,
 ) -> Distilled:
-    """Distil a teacher D(x, sigma, label) to a generator x0 = G(z, label) of one network call, or of a few.
+    """Distill a teacher D(x, sigma, label) to a generator x0 = G(z, label) of one network call, or of a few.
 
     Args:
         teacher: any denoiser (`networks.Teacher` says what it has to keep): an exact `GaussianMixture`, a trained

@@ -113,7 +113,7 @@ def _stage_of_teacher(s: Settings, images: Tensor, labels: Tensor, speed: Speed,
 
 
 def _stage_of_student(s: Settings, images: Tensor, labels: Tensor, speed: Speed, until: float) -> None:
-    """Distil a student on, from the teacher's weights or from where the last call left it."""
+    """Distill a student on, from the teacher's weights or from where the last call left it."""
     teacher, teacher_images = _teacher_of(s)
     name = f"student_{s.objective}"
     kept, seen = _kept(s, name)

@@ -109,7 +109,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     gpu = torch.cuda.is_available()
     add = parser.add_argument
     add("--stage", choices=["teacher", "student", "evaluate", "all"], default="teacher",
-        help="train the teacher, distil it, measure everything in --out, or all of that")
+        help="train the teacher, distill it, measure everything in --out, or all of that")
     add("--minutes", type=float, default=9.0, help="for everything: loading, training, measuring")
     add("--reserve", type=float, default=2.0 if gpu else 1.0, help="of them, minutes kept for measuring")
     add("--share", type=float, default=0.67,

@@ -96,7 +96,7 @@ def _judge() -> tuple[features.Extractor, Tensor]:
 
 
 def run(study: str, name: str, seed: int, folder: str, steps: int = STEPS) -> dict[str, Any]:
-    """Distil the folder's teacher by one objective, and measure the student beside it, both on the same noise."""
+    """Distill the folder's teacher by one objective, and measure the student beside it, both on the same noise."""
     teacher, rule, (images, _) = teacher_of(folder), STUDIES[study][name], data.digits()
     (judge, reference), start = _judge(), time.process_time()
     row: dict[str, Any] = {"study": study, "name": name, "seed": seed, "steps": steps if rule else 0}

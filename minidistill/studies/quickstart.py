@@ -50,7 +50,7 @@ def target() -> GaussianMixture:
 
 
 def run_ring(objective: str, steps: int, seed: int, device: str) -> dict[str, Any]:
-    """Distil the exact ring by one objective and measure the student; samples come back as "samples"."""
+    """Distill the exact ring by one objective and measure the student; samples come back as "samples"."""
     teacher = target().to(torch.device(device))
     start = time.perf_counter()
 

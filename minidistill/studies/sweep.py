@@ -211,7 +211,7 @@ def learn(target: str, steps: int, seed: int) -> Learned:
 
 
 def run(study: str, name: str, seed: int, at_most: int | None = None) -> dict[str, Any]:
-    """Distil as a trial says, and measure the student; `at_most` bounds the steps of every part."""
+    """Distill as a trial says, and measure the student; `at_most` bounds the steps of every part."""
     trial = STUDIES[study][name]
     if at_most is not None:
         trial = replace(trial, **{part: min(getattr(trial, part), at_most) for part in ("steps", "sim", "learned")})
