@@ -75,7 +75,7 @@ def run_ring(objective: str, steps: int, seed: int, device: str) -> dict[str, An
 
 
 def run_digits(teacher_steps: int, steps: int, seed: int, device: str) -> dict[str, Any]:
-    """Train a class-conditional teacher on the digits, distil it with SIM, and measure both in the same way."""
+    """Train a class-conditional teacher on the digits, distill it with SIM, and measure both in the same way."""
     images, labels = data.digits()
     judge = classifier.train_classifier(images, labels, seed=seed)
     reference = judge.features(images)

@@ -1,6 +1,6 @@
 """The long experiments of notebooks 09 and 10, over several seeds: `minidistill sweep --out figures/sweep`.
 
-A study is a set of trials, ways to distil that differ in one thing. How rows are kept is in `rows.py`; a sweep that was
+A study is a set of trials, ways to distill that differ in one thing. How rows are kept is in `rows.py`; a sweep that was
 stopped goes on where it was. The notebooks draw what is there.
 """
 
@@ -95,7 +95,7 @@ def collapsed(target: GaussianMixture, seed: int) -> Generator:
 
 @dataclass(frozen=True)
 class Trial:
-    """One way to distil. What is not said is as in `distill`."""
+    """One way to distill. What is not said is as in `distill`."""
 
     objective: str | Objective
     teacher: str = "ring"  # one of TARGETS
