@@ -37,7 +37,10 @@ class Batch:
     uniform: Tensor | None = None  # (n,) numbers in [0, 1), for objectives that draw a parameter
     pair_x0: Tensor | None = None  # (n, *shape) what the student makes of the pairs' noise, with its graph
     pair_y: Tensor | None = None  # (n, *shape) what the teacher's sampler made of the same noise
-    student: Callable[..., Tensor] | None = None  # (x, sigma, label) -> (n, *shape): the student called at any level
+    student: Callable[..., Tensor] | None = None  # (x, sigma, label) -> (n, *shape): the student called at any level,
+    # and with to=..., aim=True what `Generator` documents under those names
+    frozen: Callable[..., Tensor] | None = None  # the same for targets without gradient, and for derivatives in x and
+    # the levels: the bare network, which several processes need not compute in step
     target: Callable[..., Tensor] | None = None  # the same of its average, without gradient (needs_target)
     second_teacher: Callable[..., Tensor] | None = None  # another D(x, sigma, label) (needs_second_teacher)
     progress: float = 0.0  # how much of the run is over, 0 to 1

@@ -16,11 +16,12 @@ from torch import Tensor
 from minidistill.distillation.batch import Batch, per_sample
 from minidistill.distillation.objective import Terms
 from minidistill.distillation.settings import Settings
+from minidistill.networks.jumps import LOWEST
 from minidistill.samplers import karras_sigmas
 
 __all__ = ["Consistency", "EasyConsistency", "doubling", "log_normal_weights", "one_step_down"]
 
-LOWEST, HIGHEST = 0.004, 160.0  # in standard deviations of the data: EDM's 0.002 and 80
+HIGHEST = 160.0  # in standard deviations of the data: EDM's 80
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Consistency(Terms):
     needs_real = True
     needs_samples = False
     sigma_init = HIGHEST
+    route = "end"
 
     def levels(self, sigma_data: float, progress: float, like: Tensor) -> Tensor:
         """The grid in force, ascending, (N + 1,)."""
@@ -95,6 +97,7 @@ class EasyConsistency(Terms):
     needs_real = True
     needs_samples = False
     sigma_init = HIGHEST
+    route = "end"
 
     def noise_levels(self, n: int, settings: Settings, progress: float, generator: torch.Generator) -> Tensor:
         normal = torch.randn(n, generator=generator, device=generator.device)
