@@ -132,7 +132,9 @@ class Distillation:
                 batch = self._batch(made, drawn.label[k], whole, i, self.run.fake, self.run.ratio)
                 batch.real, batch.real_label = (None if values is None else values[i] for values in real)
                 if pairs is not None:
-                    batch.pair_x0, batch.pair_y = self.student(pairs[i].z, pairs[i].label), pairs[i].y
+                    mine = pairs[i]
+                    batch.pair_z, batch.pair_y, batch.pair_label = mine.z, mine.y, mine.label
+                    batch.pair_x0 = self.student(mine.z, mine.label) if needs.pair_samples else None
                 loss = self._checked("generator_loss", self.objective.generator_loss(batch), batch)
                 piece = loss.mean() / self.settings.accumulate
                 training.backward(piece, self.optimizers["generator"])

@@ -45,6 +45,7 @@ class Needs:
     student_real: bool = False  # real samples in the student's step too
     features: bool = False  # a fake network with `.features(x, sigma, label)`
     pairs: int = 0  # so many pairs of noise and the teacher's samples
+    pair_samples: bool = True  # what the student makes of the pairs' noise, where there are pairs
     uniform: bool = False  # a number in [0, 1) for each sample
     samples: bool = True  # the student's samples from pure noise; False for one that only calls `batch.student`
     target: float = 0.0  # an average of the student without gradient, its half-life in samples; 0 for none

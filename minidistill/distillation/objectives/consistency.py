@@ -13,15 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minidistill.distillation.batch import Batch, per_sample
+from minidistill.distillation.batch import Batch, column, per_sample
 from minidistill.distillation.objective import Terms
 from minidistill.distillation.settings import Settings
-from minidistill.networks.jumps import LOWEST
+from minidistill.networks.jumps import HIGHEST, LOWEST
 from minidistill.samplers import karras_sigmas
 
 __all__ = ["Consistency", "EasyConsistency", "doubling", "log_normal_weights", "one_step_down"]
 
-HIGHEST = 160.0  # in standard deviations of the data: EDM's 80
 
 
 @dataclass(frozen=True)
@@ -68,14 +67,14 @@ class Consistency(Terms):
         assert batch.student is not None
         grid = self.levels(batch.sigma_data, batch.progress, batch.sigma)
         i = (grid[:, None] - batch.sigma).abs().argmin(0) - 1  # the lower level's number, (n,)
-        upper, lower = (_column(s, batch.real) for s in (batch.sigma, grid[i]))
+        upper, lower = (column(s, batch.real) for s in (batch.sigma, grid[i]))
         x = batch.real + upper * batch.noise
         label = batch.real_label
         with torch.no_grad():
             below = one_step_down(batch.teacher, x, upper, lower, label) if self.teacher_step else (
                 batch.real + lower * batch.noise)
             answer = (batch.target or batch.student)(below, grid[i], label)
-            answer = torch.where(_column(i, x) == 0, below, answer)  # f(x, sigma_min) = x
+            answer = torch.where(column(i, x) == 0, below, answer)  # f(x, sigma_min) = x
         gap = per_sample((batch.student(x, batch.sigma, label) - answer).square()) / batch.sigma_data**2
         if self.huber is not None:
             c = self.huber * math.sqrt(x[0].numel())
@@ -113,7 +112,7 @@ class EasyConsistency(Terms):
         assert batch.student is not None
         unit, t = 2 * batch.sigma_data, batch.sigma
         r = self.below(t / unit, batch.progress) * unit
-        upper, lower = _column(t, batch.real), _column(r, batch.real)
+        upper, lower = column(t, batch.real), column(r, batch.real)
         with torch.no_grad():
             safe = torch.where(r > 0, r, t)  # a denoiser is not asked at 0
             answer = batch.student(batch.real + lower * batch.noise, safe, batch.real_label)
@@ -146,8 +145,3 @@ def one_step_down(teacher: object, x: Tensor, upper: Tensor, lower: Tensor, labe
 
     first = slope(x, upper)
     return x + (lower - upper) * (first + slope(x + (lower - upper) * first, lower)) / 2
-
-
-def _column(values: Tensor, x: Tensor) -> Tensor:
-    """(n,) -> (n, 1, ...), to go with samples x."""
-    return values.reshape(-1, *[1] * (x.ndim - 1))
