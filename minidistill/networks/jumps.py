@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from minidistill import _validate
 
-__all__ = ["HIGHEST", "LOWEST", "ROUTES", "WhereTo", "angles", "jump", "told_where", "way_down"]
+__all__ = ["HIGHEST", "LOWEST", "ROUTES", "TOP", "WhereTo", "angles", "jump", "told_where", "way_down"]
 
-#: EDM's levels, 0.002 to 80, in standard deviations of the data: where consistency functions end, and where paths begin.
+#: EDM's levels, 0.002 to 80, in standard deviations of the data: where consistency functions end, and paths begin.
 LOWEST, HIGHEST = 0.004, 160.0
+#: High enough where the level is not EDM's: noised data differ from the noise alone by one part in 800 of its deviation.
+TOP = 20.0
 
 #: What a student can be asked: one call (and its `levels`); where a path ends, from any level; the same, and it is gone
 #: there along a line, so that one may stop on the way; where it is at any other level.

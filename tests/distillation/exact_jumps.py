@@ -50,7 +50,7 @@ def quantile_jump(x, sigma, label=None, to=0.0, aim=False):
 def batch_of(rule, n=64, progress=0.5, student=flow, teacher=denoiser, std=STD, d=3, **more):
     """What `distill` would hand over, in float64, for data N(0, std^2)."""
     generator = torch.Generator().manual_seed(0)
-    settings = type("S", (), {"sigma_data": std, "sigma_init": 160 * std})()
+    settings = type("S", (), {"sigma_data": std, "sigma_init": rule.sigma_init * std})()
     sigma = rule.noise_levels(n, settings, progress, generator).double()
     real = std * normal(n, d, seed=1)
     return Batch(torch.zeros_like(real), sigma, normal(n, d, seed=2), teacher, real=real, sigma_data=std,
@@ -69,4 +69,5 @@ class Bent:
         return g if aim else r / s * x + (1 - r / s) * g
 
     def gradient(self, loss):
-        return torch.stack(torch.autograd.grad(loss, [self.a, self.b], allow_unused=True, materialize_grads=True))
+        return torch.stack(torch.autograd.grad(loss, [self.a, self.b], allow_unused=True, materialize_grads=True,
+                                               retain_graph=True))

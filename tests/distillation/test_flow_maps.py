@@ -1,6 +1,8 @@
 """Flow maps: their identities on exact maps, their gradients by hand, and what each member is in its limits."""
 
+import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from minidistill.training import parallel
 from tests.distillation.exact_jumps import STD, Bent, batch_of, denoiser, flow, quantile_jump
 from tests.helpers import mixture_1d, normal
 
-PLAIN = {"power": 0.0, "diagonal": 0.25}
+PLAIN: dict[str, Any] = {"power": 0.0, "diagonal": 0.25}
 
 
 def test_the_mean_velocity_is_the_mean_of_the_velocity_along_the_path():
@@ -81,7 +83,7 @@ def test_differences_converge_to_the_derivative_with_their_step():
         b = batch_of(rule, 400, student=quantile_jump, teacher=mixture_1d(), std=1.0, d=1)
         keep = b.sigma < 20
         losses.append(float(rule.generator_loss(b)[keep].mean()))
-    orders = [math.log2(a / b) / 2 for a, b in zip(losses, losses[1:], strict=False)]
+    orders = [math.log2(a / b) / 2 for a, b in itertools.pairwise(losses)]
     assert all(0.8 < order < 1.2 for order in orders), orders
 
 

@@ -1,8 +1,8 @@
 """CTM: jumps from any level to any lower one, consistent along the paths of a teacher's solver (Kim 2024).
 
-From x at level t the solver walks to u, and from there the student jumps to s, held fixed; the student's own jump from t
-to s has to land in the same place. With u next to t that is consistency distillation, with u = s the solver's own answer
-is learned; in between, both. Where is told by the ends: the student's average takes both landings from s on to 0.
+From x at level t the solver walks to u, and from there the student jumps to s, held fixed; the student's own jump from
+t to s has to land in the same place. With u next to t that is consistency distillation, with u = s the solver's own
+answer is learned; in between, both. Landings are compared by their ends: the student's average takes them on to 0.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from minidistill.distillation.objectives.adversarial import adversarial
 from minidistill.distillation.objectives.consistency import one_step_down
 from minidistill.distillation.objectives.matching import ratio_loss
 from minidistill.distillation.settings import Settings
-from minidistill.networks.jumps import HIGHEST, LOWEST
+from minidistill.networks.jumps import LOWEST, TOP
 from minidistill.samplers import karras_sigmas
 
 __all__ = ["ConsistencyTrajectory"]
@@ -35,6 +35,7 @@ class ConsistencyTrajectory(Terms):
     denoising: weight of |g(x_t, t, t) - x0|^2, in units in which it is about 1 at every level.
     teacher: the teacher's denoised sample in x0's place there, which is its mean.
     adversarial_weight: of a term through a discriminator of noised samples of one call, as DMD2's; 0 for none.
+    sigma_init: the highest level, in standard deviations of the data.
     needs_target: half-life of the average that gives the answers held fixed, in samples.
     """
 
@@ -48,7 +49,7 @@ class ConsistencyTrajectory(Terms):
     needs_student_real = True
     needs_uniform = True
     needs_fake = False
-    sigma_init = HIGHEST
+    sigma_init: float = TOP
     route = "jump"
 
     @property
@@ -61,7 +62,7 @@ class ConsistencyTrajectory(Terms):
 
     def grid(self, sigma_data: float, like: Tensor) -> Tensor:
         """The levels, ascending, (levels,)."""
-        return karras_sigmas(self.levels, LOWEST, HIGHEST)[:-1].flip(0).to(like) * sigma_data
+        return karras_sigmas(self.levels, LOWEST, self.sigma_init)[:-1].flip(0).to(like) * sigma_data
 
     def noise_levels(self, n: int, settings: Settings, progress: float, generator: torch.Generator) -> Tensor:
         """t of each sample, any level of the grid but the lowest, (n,)."""

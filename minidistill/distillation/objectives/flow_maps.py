@@ -28,7 +28,7 @@ from minidistill._autodiff import jvp
 from minidistill.distillation.batch import Batch, column, per_sample
 from minidistill.distillation.objective import Terms
 from minidistill.distillation.settings import Settings
-from minidistill.networks.jumps import HIGHEST
+from minidistill.networks.jumps import TOP
 from minidistill.training import parallel
 
 __all__ = ["AlphaFlow", "FlowMap", "ImprovedMeanFlow", "MeanFlow", "mean_velocity"]
@@ -52,6 +52,7 @@ class MeanFlow(Terms):
     power, floor: of the adaptive weight 1 / (|.|^2 + floor)^power. At power 1 the loss is nearly constant, whatever
         is learned: look at the samples instead.
     diagonal: the share of the batch with r = t, where the loss is flow matching.
+    sigma_init: where sampling begins, in standard deviations of the data.
     logit: mean and deviation of the normal law of logit t, of which two are drawn, t the larger.
     teacher: the teacher's velocity at z in the place of e - x0, of which it is the mean: the same minimiser, without
         the noise.
@@ -68,14 +69,14 @@ class MeanFlow(Terms):
     needs_real = True
     needs_samples = False
     needs_uniform = True
-    sigma_init = HIGHEST
+    sigma_init: float = TOP
     route = "jump"
 
     def noise_levels(self, n: int, settings: Settings, progress: float, generator: torch.Generator) -> Tensor:
         """The upper level, that of the larger of two times: (n,), in data units."""
         normal = torch.randn(2, n, generator=generator, device=generator.device)
         t = (self.logit[0] + self.logit[1] * normal).sigmoid().amax(0)
-        return settings.sigma_data * (t / (1 - t)).clamp(max=HIGHEST)
+        return settings.sigma_data * (t / (1 - t)).clamp(max=self.sigma_init)
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         z, r, t, v = self.start(batch)

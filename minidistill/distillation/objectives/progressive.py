@@ -11,7 +11,7 @@ from torch import Tensor
 from minidistill.distillation.batch import Batch, column, per_sample
 from minidistill.distillation.objective import Terms
 from minidistill.distillation.settings import Settings
-from minidistill.networks.jumps import HIGHEST, angles, jump
+from minidistill.networks.jumps import TOP, angles, jump
 
 __all__ = ["Progressive"]
 
@@ -26,6 +26,7 @@ class Progressive(Terms):
     steps. The error of the aim counts max(SNR, 1) times, the paper's truncated weight. Levels are evenly spaced in the
     angle arctan(sigma / sigma_data), which is the paper's cosine schedule.
 
+    sigma_init: where sampling begins, in standard deviations of the data.
     first: a power of two. inner: DDIM steps of the teacher in each half jump of the first stage; 1 is the paper's.
     """
 
@@ -34,7 +35,7 @@ class Progressive(Terms):
     needs_real = True
     needs_samples = False
     needs_uniform = True
-    sigma_init = HIGHEST
+    sigma_init: float = TOP
     route = "jump"
 
     @property
@@ -47,7 +48,7 @@ class Progressive(Terms):
     def noise_levels(self, n: int, settings: Settings, progress: float, generator: torch.Generator) -> Tensor:
         """Where each sample's jump begins: any level of the stage's grid, (n,)."""
         steps = self.first >> self.stage(progress)
-        levels = torch.tensor(angles(steps, HIGHEST), device=generator.device) * settings.sigma_data
+        levels = torch.tensor(angles(steps, self.sigma_init), device=generator.device) * settings.sigma_data
         return levels[torch.randint(steps, (n,), generator=generator, device=generator.device)]
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
@@ -56,7 +57,7 @@ class Progressive(Terms):
         sigma, label, stage = batch.sigma, batch.real_label, self.stage(batch.progress)
         x = batch.real + column(sigma, batch.real) * batch.noise
         # The half way and the end in equal steps of the angle, the end exactly 0 where it is the last.
-        angle, step = (sigma / batch.sigma_data).atan(), math.atan(HIGHEST) / (self.first >> stage)
+        angle, step = (sigma / batch.sigma_data).atan(), math.atan(self.sigma_init) / (self.first >> stage)
         half, end = (batch.sigma_data * (angle - share * step).clamp(min=0).tan() for share in (0.5, 1.0))
         end = torch.where(end < 1e-4 * half, 0.0, end)
         with torch.no_grad():

@@ -10,7 +10,7 @@ from torch import Tensor
 from minidistill.distillation.batch import Batch, column, per_sample
 from minidistill.distillation.objective import Terms
 from minidistill.distillation.settings import Settings
-from minidistill.networks.jumps import HIGHEST
+from minidistill.networks.jumps import TOP
 
 __all__ = ["Reflow"]
 
@@ -25,6 +25,7 @@ class Reflow(Terms):
     steps. A second round is a second distillation, whose teacher is the first one's `ema.denoiser`.
 
     needs_pairs: how many are made before training, once.
+    sigma_init: where sampling begins, in standard deviations of the data.
     top: the share of the batch at the level where sampling begins; t is uniform in the rest.
     """
 
@@ -32,13 +33,13 @@ class Reflow(Terms):
     top: float = 0.25
     needs_samples = False
     needs_pair_samples = False
-    sigma_init = HIGHEST
+    sigma_init: float = TOP
     route = "line"
 
     def noise_levels(self, n: int, settings: Settings, progress: float, generator: torch.Generator) -> Tensor:
-        t = torch.rand(2, n, generator=generator, device=generator.device)
-        level = (t[0] / (1 - t[0])).clamp(1e-3, HIGHEST) * settings.sigma_data
-        return torch.where(t[1] < self.top, settings.sigma_init, level)
+        u = torch.rand(2, n, generator=generator, device=generator.device)
+        t = u[0].clamp(min=1e-3) * settings.sigma_init / (settings.sigma_data + settings.sigma_init)
+        return torch.where(u[1] < self.top, settings.sigma_init, settings.sigma_data * t / (1 - t))
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         assert batch.pair_y is not None

@@ -20,7 +20,7 @@ from minidistill._autodiff import jvp
 from minidistill.distillation.batch import Batch, column, per_sample
 from minidistill.distillation.objective import Terms
 from minidistill.distillation.settings import Settings
-from minidistill.networks.jumps import HIGHEST
+from minidistill.networks.jumps import TOP
 
 __all__ = ["ContinuousConsistency", "tangent", "trig_network"]
 
@@ -38,8 +38,8 @@ def tangent(
     network: Callable[..., Tensor], x: Tensor, t: Tensor, velocity: Tensor, rise: float = 1.0,
     difference: float | None = None,
 ) -> Tensor:
-    """cos t df/dt along dx/dt = velocity, (n, *shape), in two parts (Lu & Song 2025, equation 8): `rise` is the share of
-    the second, which holds F's own derivative and is unstable at first; 1 for all of it.
+    """cos t df/dt along dx/dt = velocity, (n, *shape), in two parts (Lu & Song 2025, equation 8): `rise` is the share
+    of the second, which holds F's own derivative and is unstable at first; 1 for all of it.
 
     The derivative is a forward one, of F along cos t sin t (velocity, 1) at once, which keeps it bounded; with
     `difference`, a central difference of that step in t.
@@ -50,7 +50,8 @@ def tangent(
         here, rate = jvp(network, (x, t), (along, pace))
     else:
         h = difference
-        here, rate = network(x, t), (network(x + h * along, t + h * pace) - network(x - h * along, t - h * pace)) / (2 * h)
+        up, down = (network(x + step * along, t + step * pace) for step in (h, -h))
+        here, rate = network(x, t), (up - down) / (2 * h)
     return -c.square() * (here - velocity) - rise * (c * s * x + rate)
 
 
@@ -62,6 +63,7 @@ class ContinuousConsistency(Terms):
     rise: the share of the run in which `tangent`'s second part rises to its full size.
     normalise: c above, or None for the tangent as it is.
     log_mean, log_std: of the normal law of ln tan t = ln(sigma / sigma_data).
+    sigma_init: where sampling begins, in standard deviations of the data.
     difference: a step in t, for networks that have no forward derivative.
 
     Their learned weight of t is left out: once normalised, all tangents are about as long.
@@ -75,12 +77,12 @@ class ContinuousConsistency(Terms):
     difference: float | None = None
     needs_real = True
     needs_samples = False
-    sigma_init = HIGHEST
+    sigma_init: float = TOP
     route = "end"
 
     def noise_levels(self, n: int, settings: Settings, progress: float, generator: torch.Generator) -> Tensor:
         normal = torch.randn(n, generator=generator, device=generator.device)
-        return settings.sigma_data * (self.log_mean + self.log_std * normal).exp().clamp(1e-3, HIGHEST)
+        return settings.sigma_data * (self.log_mean + self.log_std * normal).exp().clamp(1e-3, self.sigma_init)
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         assert batch.real is not None
