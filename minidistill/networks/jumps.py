@@ -25,7 +25,7 @@ __all__ = ["HIGHEST", "LOWEST", "ROUTES", "TOP", "WhereTo", "angles", "jump", "t
 
 #: EDM's levels, 0.002 to 80, in standard deviations of the data: where consistency functions end, and paths begin.
 LOWEST, HIGHEST = 0.004, 160.0
-#: High enough where the level is not EDM's: noised data differ from the noise alone by one part in 800 of its deviation.
+#: High enough where the level need not be EDM's: the noised data deviate by one part in 800 more than the noise alone.
 TOP = 20.0
 
 #: What a student can be asked: one call (and its `levels`); where a path ends, from any level; the same, and it is gone

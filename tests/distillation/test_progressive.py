@@ -35,22 +35,41 @@ def test_two_steps_become_one():
                      trajectory=True)[2]
         aims.append((there - end / sigma * x) / (1 - end / sigma))
     weight = (1 / b.sigma**2).clamp(min=1 / STD**2)
-    torch.testing.assert_close(rule.generator_loss(b), weight * torch.cat(aims).square().sum(1), rtol=1e-5, atol=1e-8)
-    assert {int((fine - s).abs().argmin()) % 2 for s in b.sigma} == {0}
+    torch.testing.assert_close(rule.generator_loss(b), weight * torch.cat(aims).square().sum(1), rtol=1e-4, atol=1e-5)
+    assert {int((fine - s).abs().argmin()) for s in b.sigma} == {0, 2, 4, 6}
 
 
 def test_later_stages_halve_the_steps_of_the_student_that_was():
+    """Half of the samples begin and end on the stage's grid, the others on that of any stage so far."""
     rule = Progressive(first=8)
     assert rule.needs_snapshots == 4
     assert [rule.stage(p) for p in (0, 0.24, 0.26, 0.5, 0.76, 0.99, 1.0)] == [0, 0, 1, 2, 3, 3, 3]
-    for stage, steps in enumerate((8, 4, 2, 1)):
-        b = batch_of(rule, 200, progress=(stage + 0.5) / 4)
-        levels = sorted({round(float(s) / STD, 5) for s in b.sigma}, reverse=True)
-        assert levels == pytest.approx(angles(steps, 20.0), rel=1e-4)
-    b = batch_of(rule, 50, progress=0.9, student=Bent(), target=flow)  # the last: one jump, from the top to 0
+    grid = torch.tensor([0.0, *angles(8, 20.0)[::-1]])
+    for now in range(4):
+        b = batch_of(rule, 4000, progress=(now + 0.5) / 4)
+        number, stage = rule.stages(b)
+        torch.testing.assert_close(grid.double()[number] * STD, b.sigma, rtol=1e-4, atol=1e-6)
+        assert (number % 2**stage == 0).all()
+        assert (number >= 2**stage).all()
+        assert set(stage.tolist()) == set(range(now + 1))
+        assert float((stage == now).double().mean()) > 0.25
+
+
+def test_a_later_jump_is_two_of_the_snapshots():
+    """At the exact map's two halves the whole is exact; the teacher is asked for the first stage's jumps only."""
+    rule = Progressive(first=8)
+    b = batch_of(rule, 400, progress=0.9, student=Bent(), target=flow, teacher=lambda x, sigma, label: 0 * x)
     x = b.real + b.sigma[:, None] * b.noise
-    gap = Bent()(x, b.sigma).detach() - flow(x, b.sigma)  # the exact map's two halves make the whole
-    torch.testing.assert_close(rule.generator_loss(b).detach(), gap.square().sum(1) / STD**2, rtol=1e-5, atol=1e-8)
+    number, stage = rule.stages(b)
+    end = STD * ((number - 2**stage).double() * rule.step).tan()
+    gap = Bent()(x, b.sigma, to=end, aim=True).detach() - flow(x, b.sigma, to=end, aim=True)
+    weight = (1 / b.sigma**2).clamp(min=1 / STD**2)
+    later = stage > 0
+    got = rule.generator_loss(b).detach()
+    torch.testing.assert_close(got[later], (weight * gap.square().sum(1))[later], rtol=1e-5, atol=1e-8)
+    last = stage == 3
+    assert torch.equal(end[last], 0 * end[last])
+    assert not torch.allclose(got[~later], (weight * gap.square().sum(1))[~later])
 
 
 def test_the_teachers_steps_converge_to_the_path():
