@@ -36,7 +36,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective asks for: each field is an attribute `needs_NAME` of the objective, the last six without the
+    """What an objective asks for: each field is an attribute `needs_NAME` of the objective, the last seven without the
     prefix. One that is not there is as below."""
 
     fake: bool = True  # a network that denoises the student's samples; if not said, whether there is a `critic_loss`
@@ -56,6 +56,7 @@ class Needs:
     warmup: int | None = None  # steps in which that rises
     gradient_clip: float | None = None  # bound on the norm of either gradient
     sigma_init: float | None = None  # where the student reads its input, in standard deviations of the data
+    octaves: int = 8  # frequencies of a new student's noise embedding; fewer where its derivative in the level counts
     route: str = "call"  # what the student can be asked once it is trained, one of `networks.jumps.ROUTES`
 
     @property
@@ -66,7 +67,7 @@ class Needs:
     @classmethod
     def of(cls, objective: object) -> Needs:
         """Read off an objective. Raises TypeError for a `needs_...` that there is not, with the nearest name."""
-        own = {"critic_steps", "learning_rate", "warmup", "gradient_clip", "sigma_init", "route"}
+        own = {"critic_steps", "learning_rate", "warmup", "gradient_clip", "sigma_init", "route", "octaves"}
         names = {f.name if f.name in own else f"needs_{f.name}": f.name for f in fields(cls)}
         for attribute in dir(objective):
             if attribute.startswith("needs_") and attribute not in names:

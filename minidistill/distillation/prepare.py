@@ -55,7 +55,7 @@ def prepare(
     if trained:
         teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
     if generator is None:
-        generator = _student(teacher if trained else None, shape, n_classes, settings)
+        generator = _student(teacher if trained else None, shape, n_classes, settings, needs.octaves)
     generator.levels = settings.student_levels
     if needs.route == "jump":
         _tell_where(generator)
@@ -77,11 +77,13 @@ def prepare(
     return run
 
 
-def _student(teacher: Any, shape: tuple[int, ...], n_classes: int, settings: Settings) -> Generator:
+def _student(
+    teacher: Any, shape: tuple[int, ...], n_classes: int, settings: Settings, octaves: int
+) -> Generator:
     """A copy of the teacher, or a new network whose kinks can tear one Gaussian into separate modes."""
     if teacher is not None:
         return Generator(copy.deepcopy(teacher), settings.sigma_init)
-    network = MLP(shape, depth=4, activation="relu", n_classes=n_classes, centre=_centre(settings))
+    network = MLP(shape, depth=4, activation="relu", n_classes=n_classes, centre=_centre(settings), octaves=octaves)
     return Generator(Denoiser(network, settings.sigma_data), settings.sigma_init)
 
 

@@ -26,7 +26,8 @@ from minidistill.training import parallel
 from tests.distillation.exact_jumps import STD, Bent, batch_of, denoiser, flow, quantile_jump
 from tests.helpers import mixture_1d, normal
 
-PLAIN: dict[str, Any] = {"power": 0.0, "diagonal": 0.25}
+PLAIN: dict[str, Any] = {"power": 0.0, "diagonal": 0.25, "teacher": False}
+TAUGHT = PLAIN | {"teacher": True}
 
 
 def test_the_mean_velocity_is_the_mean_of_the_velocity_along_the_path():
@@ -52,8 +53,8 @@ def test_on_the_diagonal_it_is_the_velocity():
 
 
 @pytest.mark.parametrize("rule", [
-    MeanFlow(teacher=True, **PLAIN), ImprovedMeanFlow(teacher=True, **PLAIN), AlphaFlow(teacher=True, **PLAIN),
-    FlowMap(teacher=True, **PLAIN),
+    MeanFlow(**TAUGHT), ImprovedMeanFlow(**TAUGHT), AlphaFlow(**TAUGHT),
+    FlowMap(**TAUGHT),
 ])
 def test_the_exact_map_has_no_loss(rule):
     """Velocities of the teacher: nothing is left to chance. A bent map has one, on the diagonal and off it."""
@@ -104,7 +105,7 @@ def test_the_adaptive_weight_scales_each_samples_gradient():
     batch = batch_of(MeanFlow(**PLAIN), student=student)
     plain = MeanFlow(**PLAIN).generator_loss(batch)
     for power in (0.5, 1.0):
-        rule = MeanFlow(power=power, floor=0.02, diagonal=0.25)
+        rule = MeanFlow(power=power, floor=0.02, diagonal=0.25, teacher=False)
         loss = rule.generator_loss(batch)
         torch.testing.assert_close(loss, plain / (plain + 0.02) ** power)
         weight = (plain.detach() + 0.02) ** -power
@@ -116,7 +117,7 @@ def test_the_adaptive_weight_scales_each_samples_gradient():
 
 def test_improved_mean_flow_is_mean_flow_where_the_velocity_is_exact():
     """The same residual with the teacher's velocity; with the sample's own, its derivative is along the student's."""
-    one, other = (rule(teacher=True, **PLAIN) for rule in (MeanFlow, ImprovedMeanFlow))
+    one, other = (rule(**TAUGHT) for rule in (MeanFlow, ImprovedMeanFlow))
     batch = batch_of(one)
     torch.testing.assert_close(one.generator_loss(batch), other.generator_loss(batch), rtol=1e-9, atol=1e-18)
     rule = ImprovedMeanFlow(**PLAIN)

@@ -71,9 +71,9 @@ def test_the_warm_up_leaves_the_second_part_out():
         first, half, whole = (tangent(network, x, t, velocity, rise) for rise in (0.0, 0.5, 1.0))
         torch.testing.assert_close(first, -t.cos().square()[:, None] * (network(x, t) - velocity))
         torch.testing.assert_close(half, (first + whole) / 2)
-    rule = ContinuousConsistency(rise=0.5, normalise=None)
+    rule = ContinuousConsistency(rise=0.5, normalise=None, teacher=False)
     b = batch_of(rule, progress=0.25, student=Bent())
-    full = ContinuousConsistency(rise=0.0, normalise=None).generator_loss(b)
+    full = ContinuousConsistency(rise=0.0, normalise=None, teacher=False).generator_loss(b)
     assert not torch.allclose(rule.generator_loss(b), full)
     b.progress = 0.5
     torch.testing.assert_close(rule.generator_loss(b), full)
@@ -81,7 +81,7 @@ def test_the_warm_up_leaves_the_second_part_out():
 
 def test_the_network_is_moved_against_the_normalised_tangent():
     """The gradient of |F - F- - g|^2 is -2 g dF, g = tangent / (its root mean square + 0.1), in standard deviations."""
-    rule, student = ContinuousConsistency(rise=0.0), Bent()
+    rule, student = ContinuousConsistency(rise=0.0, teacher=False), Bent()
     b = batch_of(rule, 40, student=student)
     t = (b.sigma / STD).atan()
     c, s = t.cos()[:, None], t.sin()[:, None]

@@ -33,16 +33,16 @@ class ConsistencyTrajectory(Terms):
     levels: of the grid on which t > u >= s lie.
     longest: Heun steps of the teacher from t to u at most; their number is drawn, uniformly.
     denoising: weight of |g(x_t, t, t) - x0|^2, in units in which it is about 1 at every level.
-    teacher: the teacher's denoised sample in x0's place there, which is its mean.
+    teacher: the teacher's denoised sample in x0's place there, which is its mean; False is the paper's.
     adversarial_weight: of a term through a discriminator of noised samples of one call, as DMD2's; 0 for none.
     sigma_init: the highest level, in standard deviations of the data.
     needs_target: half-life of the average that gives the answers held fixed, in samples.
     """
 
-    levels: int = 40
+    levels: int = 18
     longest: int = 17
     denoising: float = 1.0
-    teacher: bool = False
+    teacher: bool = True
     adversarial_weight: float = 0.0
     needs_target: float = 2000.0
     needs_real = True

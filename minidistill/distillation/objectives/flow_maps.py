@@ -49,26 +49,28 @@ def mean_velocity(student: Callable[..., Tensor], sigma_data: float, label: Tens
 class MeanFlow(Terms):
     """|u - sg(v - (t - r) du/dt)|^2, adaptively weighted, with the velocity v = e - x0 of the sample (Geng 2025).
 
-    power, floor: of the adaptive weight 1 / (|.|^2 + floor)^power. At power 1 the loss is nearly constant, whatever
-        is learned: look at the samples instead.
-    diagonal: the share of the batch with r = t, where the loss is flow matching.
+    power, floor: of the adaptive weight 1 / (|.|^2 + floor)^power. At power 1, the paper's, the loss is nearly
+        constant, whatever is learned: look at the samples instead.
+    diagonal: the share of the batch with r = t, where the loss is flow matching; 0.75 in the paper.
     sigma_init: where sampling begins, in standard deviations of the data.
-    logit: mean and deviation of the normal law of logit t, of which two are drawn, t the larger.
+    logit: mean and deviation of the normal law of logit t, of which two are drawn, t the larger; -0.4 and 1 in the
+        paper, whose tails hardly reach the ends.
     teacher: the teacher's velocity at z in the place of e - x0, of which it is the mean: the same minimiser, without
-        the noise.
+        the noise. False for the papers' training from data alone.
     difference: du/dt by a difference over this share of t - r, backwards along v, in the place of forward
         differentiation (`torch.func.jvp`); for networks that cannot be so differentiated.
     """
 
-    power: float = 1.0
+    power: float = 0.0
     floor: float = 0.01
-    diagonal: float = 0.75
-    logit: tuple[float, float] = (-0.4, 1.0)
-    teacher: bool = False
+    diagonal: float = 0.5
+    logit: tuple[float, float] = (-0.5, 1.5)
+    teacher: bool = True
     difference: float | None = None
     needs_real = True
     needs_samples = False
     needs_uniform = True
+    octaves = 4
     sigma_init: float = TOP
     route = "jump"
 
@@ -136,8 +138,6 @@ class ImprovedMeanFlow(MeanFlow):
     is mean flow's in the mean, without the noise that e - x0 brings into the derivative.
     """
 
-    diagonal: float = 0.5
-
     def along(self, frozen: Callable[..., Tensor], z: Tensor, t: Tensor, v: Tensor) -> Tensor:
         return frozen(z, t, t)
 
@@ -156,7 +156,6 @@ class AlphaFlow(MeanFlow):
     alpha falls from 1 to 0 between the shares `fall` of the run, along a sigmoid, and counts as 0 below `least`.
     """
 
-    diagonal: float = 0.5
     fall: tuple[float, float] = (0.0, 0.7)
     least: float = 0.005
 
@@ -181,15 +180,12 @@ class AlphaFlow(MeanFlow):
 class FlowMap(MeanFlow):
     """|u - (t - r) du/dr - sg(v(z_r, r))|^2, Lagrangian self-distillation (Boffi 2025, arXiv 2505.18825).
 
-    The derivative is in where the jump goes and carries a gradient; v is the student's own velocity, u(z_r, r, r), or
-    with `teacher` the teacher's (Lagrangian map distillation). On the diagonal the loss is flow matching.
+    The derivative is in where the jump goes and carries a gradient; v is the teacher's velocity (Lagrangian map
+    distillation) or, without `teacher`, the student's own, u(z_r, r, r). On the diagonal the loss is flow matching.
 
     Raises RuntimeError with several processes, which do not add up gradients through a forward derivative: there it
     wants `difference`.
     """
-
-    power: float = 0.0
-    diagonal: float = 0.5
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         z, r, t, v = self.start(batch)

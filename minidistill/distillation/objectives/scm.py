@@ -59,24 +59,25 @@ def tangent(
 class ContinuousConsistency(Terms):
     """|F - sg(F + g / (|g| + c))|^2 with g = cos t df/dt, for the size |g| a dimension (Lu & Song 2025, algorithm 1).
 
-    teacher: dx/dt from the teacher (their sCD); else the noise's own, cos t z - sin t x0 (sCT).
+    teacher: dx/dt from the teacher (their sCD); False for the noise's own, cos t z - sin t x0 (sCT), from data alone.
     rise: the share of the run in which `tangent`'s second part rises to its full size.
     normalise: c above, or None for the tangent as it is.
-    log_mean, log_std: of the normal law of ln tan t = ln(sigma / sigma_data).
+    log_mean, log_std: of the normal law of ln tan t = ln(sigma / sigma_data); -1 and 1.4 in the paper's sCT.
     sigma_init: where sampling begins, in standard deviations of the data.
     difference: a step in t, for networks that have no forward derivative.
 
     Their learned weight of t is left out: once normalised, all tangents are about as long.
     """
 
-    teacher: bool = False
+    teacher: bool = True
     rise: float = 0.25
     normalise: float | None = 0.1
-    log_mean: float = -1.0
+    log_mean: float = 0.0
     log_std: float = 1.4
     difference: float | None = None
     needs_real = True
     needs_samples = False
+    octaves = 4
     sigma_init: float = TOP
     route = "end"
 
