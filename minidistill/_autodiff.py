@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["derivative", "differentiable", "jvp", "ordinary", "vjp"]
+__all__ = ["derivative", "differentiable", "in_forward_mode", "jvp", "ordinary", "vjp"]
+
+_FORWARD = ContextVar("forward", default=False)
 
 
 @contextmanager
@@ -48,11 +51,12 @@ def jvp(
     function: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
     """`torch.func.jvp`, `differentiable`: (value, derivative along the tangents). Under no_grad the derivative is right
-    all the same.
+    all the same; it is taken in the weights' own precision, since torch can't cast what it differentiates forwards.
 
     Raises RuntimeError, with the way round it, where an operation of the function has no forward derivative.
     """
     _load_forward_mode()
+    earlier = _FORWARD.set(True)
     with differentiable():
         try:
             value, along = torch.func.jvp(function, tuple(map(ordinary, primals)), tuple(map(ordinary, tangents)))[:2]
@@ -62,7 +66,14 @@ def jvp(
             said = str(error).splitlines()[0]
             raise RuntimeError(f"this network can't be differentiated forwards ({said}); wanted derivatives by finite "
                                "differences") from error
+        finally:
+            _FORWARD.reset(earlier)
     return value, along
+
+
+def in_forward_mode() -> bool:
+    """Whether a `jvp` is under way, where a lower precision has to be left out."""
+    return _FORWARD.get()
 
 
 def derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minidistill import _validate
+from minidistill._autodiff import in_forward_mode
 from minidistill.networks.jumps import ROUTES, jump
 
 __all__ = ["Affine", "Correction", "Denoiser", "Generator", "Preconditioned", "check_input", "reserve_null_class"]
@@ -85,7 +86,7 @@ class Denoiser(Preconditioned):
         c_skip = (self.sigma_data * scale).square()
         c_out = s * self.sigma_data * scale
         c_noise, told = (s.log() / 4).flatten().expand(len(x)), self.told(to, s, x)
-        if self.autocast is None:
+        if self.autocast is None or in_forward_mode():
             return (c_skip * x + c_out * self.run(scale * x, c_noise, label, *told).to(c_out.dtype)).to(x.dtype)
         with torch.autocast(x.device.type, self.autocast):
             out = self.run(scale * x, c_noise, label, *told)
