@@ -55,7 +55,7 @@ def test_the_loss_by_hand_and_who_has_a_gradient():
     """The jump to s is the student's own; where both landings end is its average's answer, through which the gradient
     passes without moving it."""
     student, average = Bent(), Bent(0.1, 0.2)
-    rule = ConsistencyTrajectory(denoising=0.5, teacher=False)
+    rule = ConsistencyTrajectory(landing=0.3, denoising=0.5, teacher=False)
     b = batch_of(rule, 200, student=student, target=average)
     x = b.real + column(b.sigma, b.real) * b.noise
     point, s, u = rule.solve(b, x)
@@ -71,6 +71,7 @@ def test_the_loss_by_hand_and_who_has_a_gradient():
     terms = rule.terms(b)
     torch.testing.assert_close(terms["consistency"], consistency)
     torch.testing.assert_close(terms["denoising"], 0.5 * denoising)
+    torch.testing.assert_close(terms["landing"], 0.3 * per_sample((mine - landed).square()) / STD**2)
     torch.testing.assert_close(student.gradient(terms["consistency"].sum()), student.gradient(consistency.sum()))
 
 

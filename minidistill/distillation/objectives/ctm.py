@@ -32,6 +32,8 @@ class ConsistencyTrajectory(Terms):
 
     levels: of the grid on which t > u >= s lie.
     longest: Heun steps of the teacher from t to u at most; their number is drawn, uniformly.
+    landing: weight of the same difference where the jumps land, at s; 0 in the paper, whose jumps are only as good as
+        their ends need.
     denoising: weight of |g(x_t, t, t) - x0|^2, in units in which it is about 1 at every level.
     teacher: the teacher's denoised sample in x0's place there, which is its mean; False is the paper's.
     adversarial_weight: of a term through a discriminator of noised samples of one call, as DMD2's; 0 for none.
@@ -41,6 +43,7 @@ class ConsistencyTrajectory(Terms):
 
     levels: int = 18
     longest: int = 17
+    landing: float = 0.0
     denoising: float = 1.0
     teacher: bool = True
     adversarial_weight: float = 0.0
@@ -80,9 +83,13 @@ class ConsistencyTrajectory(Terms):
         frozen = batch.target or batch.frozen or batch.student
         lowest = LOWEST * batch.sigma_data
         with torch.no_grad():
-            wanted = to_end(frozen, frozen(above, u, label, to=s), s, lowest, label)
-        got = to_end(frozen, batch.student(x, t, label, to=s), s, lowest, label)
+            there = frozen(above, u, label, to=s)
+            wanted = to_end(frozen, there, s, lowest, label)
+        mine = batch.student(x, t, label, to=s)
+        got = to_end(frozen, mine, s, lowest, label)
         terms = {"consistency": per_sample((got - wanted).square()) / batch.sigma_data**2}
+        if self.landing:
+            terms["landing"] = self.landing * per_sample((mine - there).square()) / batch.sigma_data**2
         if self.denoising:
             with torch.no_grad():
                 clean = batch.teacher(x, t, label) if self.teacher else batch.real
