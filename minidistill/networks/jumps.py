@@ -39,8 +39,9 @@ class WhereTo(nn.Sequential):
 
     def __init__(self, embedding: nn.Module, *layers: nn.Module) -> None:
         super().__init__(embedding, *layers)
-        nn.init.zeros_(self[-1].weight)  # type: ignore[arg-type]
-        nn.init.zeros_(self[-1].bias)  # type: ignore[arg-type]
+        for parameter in self[-1].parameters():
+            if not parameter.is_meta:  # where checkpoints are looked at, and nothing is to be computed
+                nn.init.zeros_(parameter)
 
 
 def jump(
