@@ -35,6 +35,7 @@ class Consistency(Terms):
         length; else all levels alike.
     huber: c of the pseudo-Huber distance for one dimension, in standard deviations of the data; None for |.|^2.
     teacher_step: x' by the teacher.
+    sigma_init: the grid's highest level, in standard deviations of the data: EDM's.
     needs_target: the lower answer from an average of the student, its half-life in samples; 0 for the student itself.
     """
 
@@ -46,13 +47,13 @@ class Consistency(Terms):
     needs_target: float = 0.0
     needs_real = True
     needs_samples = False
-    sigma_init = HIGHEST
+    sigma_init: float = HIGHEST
     route = "end"
 
     def levels(self, sigma_data: float, progress: float, like: Tensor) -> Tensor:
         """The grid in force, ascending, (N + 1,)."""
         steps = doubling(progress, self.first, self.last)
-        return karras_sigmas(steps + 1, LOWEST, HIGHEST)[:-1].flip(0).to(like) * sigma_data
+        return karras_sigmas(steps + 1, LOWEST, self.sigma_init)[:-1].flip(0).to(like) * sigma_data
 
     def noise_levels(self, n: int, settings: Settings, progress: float, generator: torch.Generator) -> Tensor:
         """The upper level of each sample's step, (n,)."""
@@ -95,7 +96,7 @@ class EasyConsistency(Terms):
     stages: int = 8
     needs_real = True
     needs_samples = False
-    sigma_init = HIGHEST
+    sigma_init: float = HIGHEST
     route = "end"
 
     def noise_levels(self, n: int, settings: Settings, progress: float, generator: torch.Generator) -> Tensor:
