@@ -23,7 +23,7 @@ class Progressive(Terms):
     student as it was when the stage began (Salimans & Ho 2022, algorithm 2).
 
     The student of the first stage walks in `first` steps, the next one's in half as many, the last one's in one. It is
-    told where each jump goes, and half of every batch repeats the jumps of earlier stages: so it can be sampled in 1,
+    told where each jump goes, and part of every batch repeats the jumps of earlier stages: so it can be sampled in 1,
     2, 4, ... steps. The error of the aim counts max(SNR, 1) times, the paper's truncated weight. Levels are evenly
     spaced in the angle arctan(sigma / sigma_data), which is the paper's cosine schedule.
 
