@@ -1,7 +1,7 @@
 """The long experiments of notebooks 09 and 10, over several seeds: `minidistill sweep --out figures/sweep`.
 
-A study is a set of trials, ways to distill that differ in one thing. How rows are kept is in `rows.py`; a sweep that was
-stopped goes on where it was. The notebooks draw what is there.
+A study is a set of trials, ways to distill that differ in one thing. How rows are kept is in `rows.py`; a sweep that
+was stopped goes on where it was. The notebooks draw what is there.
 """
 
 from __future__ import annotations
