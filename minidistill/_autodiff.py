@@ -7,8 +7,10 @@ derivative, while whoever differentiates a network here may want its gradient to
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["derivative", "differentiable", "ordinary", "vjp"]
+__all__ = ["derivative", "differentiable", "in_forward_mode", "jvp", "ordinary", "vjp"]
+
+_FORWARD = ContextVar("forward", default=False)
 
 
 @contextmanager
@@ -43,6 +47,35 @@ def vjp(function: Callable[..., Any], *primals: Tensor, has_aux: bool = False) -
     return out, careful, *aux
 
 
+def jvp(
+    function: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """`torch.func.jvp`, `differentiable`: (value, derivative along the tangents). Under no_grad the derivative is right
+    all the same; it is taken in the weights' own precision, since torch can't cast what it differentiates forwards.
+
+    Raises RuntimeError, with the way round it, where an operation of the function has no forward derivative.
+    """
+    _load_forward_mode()
+    earlier = _FORWARD.set(True)
+    with differentiable():
+        try:
+            value, along = torch.func.jvp(function, tuple(map(ordinary, primals)), tuple(map(ordinary, tangents)))[:2]
+        except (RuntimeError, NotImplementedError) as error:
+            if not any(word in str(error).lower() for word in ("forward ad", "forward-mode", "jvp", "functorch")):
+                raise
+            said = str(error).splitlines()[0]
+            raise RuntimeError(f"this network can't be differentiated forwards ({said}); wanted derivatives by finite "
+                               "differences") from error
+        finally:
+            _FORWARD.reset(earlier)
+    return value, along
+
+
+def in_forward_mode() -> bool:
+    """Whether a `jvp` is under way, where a lower precision has to be left out."""
+    return _FORWARD.get()
+
+
 def derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     """d function / dt of an elementwise function. torch.func, since that works under no_grad and inside vmap too."""
     with differentiable():
@@ -53,6 +86,14 @@ def ordinary(value: Any) -> Any:
     """The same, but that autograd takes it: a tensor made in inference mode is copied where that mode was left."""
     made_there = isinstance(value, Tensor) and value.is_inference() and not torch.is_inference_mode_enabled()
     return value.clone() if made_there else value
+
+
+@lru_cache(maxsize=1)
+def _load_forward_mode() -> None:
+    """Torch loads its forward mode when it is first used, and newer releases warn of something of their own then."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
 
 
 @lru_cache(maxsize=1)

@@ -286,6 +286,8 @@ def _check_sampler(model: GaussianMixture | Denoiser | Generator, a: argparse.Na
     """ValueError for a solver or levels that are none, or that a student has no use for."""
     if isinstance(model, Generator):
         _refuse(a, ("solver", "levels"), f"{a.model} is a student, which is called without a solver")
+    elif hasattr(a, "steps"):
+        _refuse(a, ("steps", "gamma"), f"{a.model} is no student; --levels says how many of its solver's there are")
     if a.levels is not None:
         _validate.whole("--levels", a.levels)
     if a.solver is not None:
@@ -300,7 +302,8 @@ def _draw(model: GaussianMixture | Denoiser | Generator, a: argparse.Namespace) 
     if isinstance(model, GaussianMixture) and a.solver is None and a.levels is None:
         return model.sample(a.n, training.generator_on("cpu", a.seed)).cpu(), None
     if isinstance(model, Generator):
-        return evaluation.sample_student(model, a.n, seed=a.seed, device=device)
+        more = {"steps": a.steps, "gamma": a.gamma} if hasattr(a, "steps") else {}  # `evaluate` has neither
+        return evaluation.sample_student(model, a.n, seed=a.seed, device=device, **more)
     levels, solver = _or(a.levels, LEVELS), _or(a.solver, SOLVER)
     return evaluation.sample_teacher(model, a.n, seed=a.seed, levels=levels, solver=solver, device=device)
 

@@ -170,6 +170,11 @@ def _parser() -> argparse.ArgumentParser:
         exact = "; of an exact mixture exact samples, if neither is given"
         sub.add_argument("--levels", type=int, help=f"noise levels of a teacher's sampler (default {LEVELS}{exact})")
         sub.add_argument("--solver", help=f"of a teacher: {', '.join(samplers.SOLVERS)} (default {SOLVER}{exact})")
+        if name == "sample":
+            sub.add_argument("--steps", type=int, help="calls of a student of several steps; of one of a trajectory "
+                             "objective, such as ict or ctm, any number (default all that it has, else 1)")
+            sub.add_argument("--gamma", type=float, help="of one that can stop on its way: the share of each next "
+                             "level's noise that is new, 0 to 1 (default 0)")
     sub.add_argument("--target", help=f"{', '.join((*MIXTURES, *IMAGES))}, or a folder or .npz file of your own images "
                      "(default what the model was trained on, where it was)")
     sub.add_argument("--teacher", help="of a student of images: its file; both are measured (default where it was)")

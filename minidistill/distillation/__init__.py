@@ -22,10 +22,18 @@ from minidistill.distillation.objectives import (
     DMD2,
     OBJECTIVES,
     AdversarialScoreIdentity,
+    AlphaFlow,
     Consistency,
+    ConsistencyTrajectory,
+    ContinuousConsistency,
     DistributionMatching,
     Drifting,
     EasyConsistency,
+    FlowMap,
+    ImprovedMeanFlow,
+    MeanFlow,
+    Progressive,
+    Reflow,
     Regression,
     ScoreIdentity,
     ScoreImplicitMatching,
@@ -38,8 +46,9 @@ from minidistill.distillation.student import Distilled
 from minidistill.networks import draw
 
 __all__ = [
-    "DMD", "DMD2", "OBJECTIVES", "SCHEDULES", "AdversarialScoreIdentity", "Batch", "Consistency", "Diagnosis",
-    "Distilled", "DistributionMatching", "Drifting", "EasyConsistency", "Needs", "Objective", "Regression",
-    "ScoreIdentity", "ScoreImplicitMatching", "ScoreOfMixture", "Settings", "Terms",
-    "UniInstruct", "diagnose", "distill", "draw", "term_gradients",
+    "DMD", "DMD2", "OBJECTIVES", "SCHEDULES", "AdversarialScoreIdentity", "AlphaFlow", "Batch", "Consistency",
+    "ConsistencyTrajectory", "ContinuousConsistency", "Diagnosis", "Distilled", "DistributionMatching", "Drifting",
+    "EasyConsistency", "FlowMap", "ImprovedMeanFlow", "MeanFlow", "Needs", "Objective", "Progressive", "Reflow",
+    "Regression", "ScoreIdentity", "ScoreImplicitMatching", "ScoreOfMixture", "Settings", "Terms", "UniInstruct",
+    "diagnose", "distill", "draw", "term_gradients",
 ]

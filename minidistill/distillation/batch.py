@@ -12,7 +12,7 @@ from torch import Tensor
 from minidistill import _validate
 from minidistill.networks import Correction
 
-__all__ = ["Batch", "dmd_scale", "no_weights", "per_sample"]
+__all__ = ["Batch", "column", "dmd_scale", "no_weights", "per_sample"]
 
 
 @dataclass
@@ -37,7 +37,12 @@ class Batch:
     uniform: Tensor | None = None  # (n,) numbers in [0, 1), for objectives that draw a parameter
     pair_x0: Tensor | None = None  # (n, *shape) what the student makes of the pairs' noise, with its graph
     pair_y: Tensor | None = None  # (n, *shape) what the teacher's sampler made of the same noise
-    student: Callable[..., Tensor] | None = None  # (x, sigma, label) -> (n, *shape): the student called at any level
+    pair_z: Tensor | None = None  # (n, *shape) that noise, standard normal
+    pair_label: Tensor | None = None  # (n,) the pairs' classes
+    student: Callable[..., Tensor] | None = None  # (x, sigma, label) -> (n, *shape): the student called at any level,
+    # and with to=..., aim=True what `Generator` documents under those names
+    frozen: Callable[..., Tensor] | None = None  # the same for targets without gradient, and for derivatives in x and
+    # the levels: the bare network, which several processes need not compute in step
     target: Callable[..., Tensor] | None = None  # the same of its average, without gradient (needs_target)
     second_teacher: Callable[..., Tensor] | None = None  # another D(x, sigma, label) (needs_second_teacher)
     progress: float = 0.0  # how much of the run is over, 0 to 1
@@ -68,6 +73,11 @@ class Batch:
 def per_sample(values: Tensor) -> Tensor:
     """Sum over everything but the first axis: (n, *shape) -> (n,)."""
     return values.flatten(1).sum(1)
+
+
+def column(values: Tensor, x: Tensor) -> Tensor:
+    """(n,) -> (n, 1, ...), to go with samples x."""
+    return values.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def dmd_scale(x0: Tensor, teacher_x0: Tensor, sigma_data: float = 1.0) -> Tensor:

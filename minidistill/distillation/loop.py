@@ -51,7 +51,7 @@ class Distillation:
         self.needs, self.device = Needs.of(objective), rng.device
         self.name = type(objective).__name__
         self.ema = copy.deepcopy(run.generator).eval().requires_grad_(False)
-        self.target = copy.deepcopy(self.ema) if self.needs.target else None
+        self.target = copy.deepcopy(self.ema) if self.needs.target or self.needs.snapshots else None
         speed.apply(run.generator, self.ema)
         for module in (run.fake, run.teacher):
             if isinstance(module, nn.Module):
@@ -81,8 +81,11 @@ class Distillation:
 
     def update(self, state: training.State) -> dict[str, Tensor]:
         """One step: the critics', then the student's on the same samples."""
-        settings = self.settings
+        settings, parts = self.settings, self.needs.snapshots
         self.progress = state.step / settings.steps
+        now, last = (parts * step // settings.steps for step in (state.step, state.step - 1))
+        if self.target is not None and now > last:
+            self.target.load_state_dict(self.ema.state_dict())
         self._set_rates(state.step)
         drawn, skipped = self._draw(), []
         if self.critic is not None:
@@ -93,7 +96,7 @@ class Distillation:
             self.run.fake.refresh(self.rng)
         self.latest["generator"], bad = self.generator_step(drawn)
         self._average(self.ema, settings.ema_halflife, state.step)
-        if self.target is not None:
+        if self.target is not None and self.needs.target:
             self._average(self.target, self.needs.target, state.step)
         return self.latest | {"skipped": torch.stack([*skipped, bad]).amax()}
 
@@ -129,7 +132,9 @@ class Distillation:
                 batch = self._batch(made, drawn.label[k], whole, i, self.run.fake, self.run.ratio)
                 batch.real, batch.real_label = (None if values is None else values[i] for values in real)
                 if pairs is not None:
-                    batch.pair_x0, batch.pair_y = self.student(pairs[i].z, pairs[i].label), pairs[i].y
+                    mine = pairs[i]
+                    batch.pair_z, batch.pair_y, batch.pair_label = mine.z, mine.y, mine.label
+                    batch.pair_x0 = self.student(mine.z, mine.label) if needs.pair_samples else None
                 loss = self._checked("generator_loss", self.objective.generator_loss(batch), batch)
                 piece = loss.mean() / self.settings.accumulate
                 training.backward(piece, self.optimizers["generator"])
@@ -172,7 +177,8 @@ class Distillation:
         sigma, noise, uniform = (None if values is None else values[i] for values in whole)
         return Batch(
             x0, sigma, noise, self.run.teacher, fake, label, ratio, sigma_data=self.run.sigma_data, uniform=uniform,  # type: ignore[arg-type]
-            student=at_any_level(self.student), target=None if self.target is None else at_any_level(self.target),
+            student=at_any_level(self.student), frozen=at_any_level(self.run.generator),
+            target=None if self.target is None else at_any_level(self.target),
             second_teacher=self.run.second_teacher, progress=self.progress, generator=self.rng,
         )
 
@@ -199,8 +205,8 @@ class Distillation:
 
 
 def at_any_level(generator: Any) -> Callable[..., Tensor]:
-    """A student as a denoiser, D(x, sigma, label)."""
-    return lambda x, sigma, label=None: generator(x, label, sigma)
+    """A student as a denoiser, D(x, sigma, label), or a jump, with to=...."""
+    return lambda x, sigma, label=None, **where: generator(x, label, sigma, **where)
 
 
 def _adam(module: nn.Module, rate: float) -> torch.optim.Optimizer:

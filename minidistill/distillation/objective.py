@@ -36,7 +36,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective asks for: each field is an attribute `needs_NAME` of the objective, the last five without the
+    """What an objective asks for: each field is an attribute `needs_NAME` of the objective, the last seven without the
     prefix. One that is not there is as below."""
 
     fake: bool = True  # a network that denoises the student's samples; if not said, whether there is a `critic_loss`
@@ -45,15 +45,19 @@ class Needs:
     student_real: bool = False  # real samples in the student's step too
     features: bool = False  # a fake network with `.features(x, sigma, label)`
     pairs: int = 0  # so many pairs of noise and the teacher's samples
+    pair_samples: bool = True  # what the student makes of the pairs' noise, where there are pairs
     uniform: bool = False  # a number in [0, 1) for each sample
     samples: bool = True  # the student's samples from pure noise; False for one that only calls `batch.student`
     target: float = 0.0  # an average of the student without gradient, its half-life in samples; 0 for none
+    snapshots: int = 0  # the target is a copy of the student's average, taken anew in each of so many parts of the run
     second_teacher: bool = False  # `distill(..., second_teacher=...)`
     critic_steps: int | None = None  # critic updates for each of the student's, unless the caller says how many
     learning_rate: float | None = None  # of the student, unless the caller says which; and likewise
     warmup: int | None = None  # steps in which that rises
     gradient_clip: float | None = None  # bound on the norm of either gradient
     sigma_init: float | None = None  # where the student reads its input, in standard deviations of the data
+    octaves: int = 8  # frequencies of a new student's noise embedding; fewer where its derivative in the level counts
+    route: str = "call"  # what the student can be asked once it is trained, one of `networks.jumps.ROUTES`
 
     @property
     def data(self) -> bool:
@@ -63,7 +67,7 @@ class Needs:
     @classmethod
     def of(cls, objective: object) -> Needs:
         """Read off an objective. Raises TypeError for a `needs_...` that there is not, with the nearest name."""
-        own = {"critic_steps", "learning_rate", "warmup", "gradient_clip", "sigma_init"}
+        own = {"critic_steps", "learning_rate", "warmup", "gradient_clip", "sigma_init", "route", "octaves"}
         names = {f.name if f.name in own else f"needs_{f.name}": f.name for f in fields(cls)}
         for attribute in dir(objective):
             if attribute.startswith("needs_") and attribute not in names:

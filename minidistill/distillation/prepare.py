@@ -17,7 +17,7 @@ from minidistill.distillation.empirical import EmpiricalFake
 from minidistill.distillation.objective import Needs
 from minidistill.distillation.pairs import Pairs, make_pairs
 from minidistill.distillation.settings import Settings
-from minidistill.networks import MLP, Correction, Denoiser, Discriminator, FeatureDiscriminator, Generator
+from minidistill.networks import MLP, Correction, Denoiser, Discriminator, FeatureDiscriminator, Generator, told_where
 
 __all__ = ["Real", "Run", "check_data", "device_of", "has_weights", "prepare", "real_samples", "shape_of"]
 
@@ -55,8 +55,11 @@ def prepare(
     if trained:
         teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
     if generator is None:
-        generator = _student(teacher if trained else None, shape, n_classes, settings)
+        generator = _student(teacher if trained else None, shape, n_classes, settings, needs.octaves)
     generator.levels = settings.student_levels
+    if needs.route == "jump":
+        _tell_where(generator)
+    generator.route = "jump" if _is_told(generator) else needs.route  # once it knows the way, it is asked for it
     generator = generator.to(device).train().requires_grad_(True)
     run = Run(
         teacher=teacher, generator=generator, ratio=None, real=real,
@@ -74,12 +77,24 @@ def prepare(
     return run
 
 
-def _student(teacher: Any, shape: tuple[int, ...], n_classes: int, settings: Settings) -> Generator:
+def _student(
+    teacher: Any, shape: tuple[int, ...], n_classes: int, settings: Settings, octaves: int
+) -> Generator:
     """A copy of the teacher, or a new network whose kinks can tear one Gaussian into separate modes."""
     if teacher is not None:
         return Generator(copy.deepcopy(teacher), settings.sigma_init)
-    network = MLP(shape, depth=4, activation="relu", n_classes=n_classes, centre=_centre(settings))
+    network = MLP(shape, depth=4, activation="relu", n_classes=n_classes, centre=_centre(settings), octaves=octaves)
     return Generator(Denoiser(network, settings.sigma_data), settings.sigma_init)
+
+
+def _tell_where(generator: Generator) -> None:
+    """The student's network is one that is told where a jump goes to. TypeError if it can't be."""
+    if not _is_told(generator):
+        generator.denoiser.network = told_where(getattr(generator.denoiser, "network", generator.denoiser))
+
+
+def _is_told(generator: Generator) -> bool:
+    return getattr(getattr(generator.denoiser, "network", None), "where_to", None) is not None
 
 
 def _fake(

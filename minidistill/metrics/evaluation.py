@@ -88,17 +88,17 @@ def sample_teacher(
 
 def sample_student(
     student: Model, n: int, *, seed: int = 0, batch_size: int = 500, device: torch.device | str | None = None,
-    label: Tensor | None = None, steps: int | None = None, progress: bool = True,
+    label: Tensor | None = None, steps: int | None = None, gamma: float | None = None, progress: bool = True,
     report: samplers.Report | None = None,
 ) -> Samples:
     """n samples G(z, label) of a student, as `networks.draw` makes them: in one network call, or in as many as it has
-    levels, at most `steps`. All else as in `sample_teacher`, the first noise too: with one seed, teacher and student
-    start from the same z."""
+    levels, at most `steps`; one of a trajectory objective in any number, with `gamma` as there. All else as in
+    `sample_teacher`, the first noise too: with one seed, teacher and student start from the same z."""
     n, batch_size, label, place = _asked(student, n, batch_size, label, device)
     calls = calls_of(student, steps)
     _shape(student)
     with _bar(-(-n // batch_size) * calls, "student", progress) as bar:
-        images = draw(student, n, label=label, seed=seed, steps=steps, batch_size=batch_size, device=place,
+        images = draw(student, n, label=label, seed=seed, steps=steps, gamma=gamma, batch_size=batch_size, device=place,
                       after_call=bar.update).cpu()
     if not bool(images.isfinite().all()):
         raise FloatingPointError("the student's samples are not finite")

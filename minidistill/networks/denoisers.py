@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from minidistill import _validate
+from minidistill._autodiff import in_forward_mode
+from minidistill.networks.jumps import ROUTES, jump
 
 __all__ = ["Affine", "Correction", "Denoiser", "Generator", "Preconditioned", "check_input", "reserve_null_class"]
 
@@ -39,10 +41,17 @@ class Preconditioned(nn.Module):
         """The label that stands for "no class told", if the network was trained with one: the one after the last."""
         return getattr(self.network, "null_class", None)
 
-    def run(self, x: Tensor, c_noise: Tensor, label: Tensor | None) -> Tensor:
+    def run(self, x: Tensor, c_noise: Tensor, label: Tensor | None, *told: Tensor) -> Tensor:
         """The network, whatever x's number format: it computes in that of its weights."""
         own = next((weight.dtype for weight in self.network.parameters()), x.dtype)
-        return self.network(x.to(own), c_noise.to(own), label)
+        return self.network(x.to(own), c_noise.to(own), label, *(each.to(own) for each in told))
+
+    def told(self, to: float | Tensor | None, sigma: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        """What a network that jumps is told besides: the angle of the level `to` (None: sigma's), (n,)."""
+        if getattr(self.network, "where_to", None) is None:
+            return ()
+        level = sigma if to is None else _validate.broadcast_sigma(to, x, name="to")
+        return ((level / self.sigma_data).atan().flatten().expand(len(x)),)
 
 
 class Denoiser(Preconditioned):
@@ -66,19 +75,21 @@ class Denoiser(Preconditioned):
         return (f"Denoiser({type(self.network).__name__}, shape={self.shape}{classes}, "
                 f"sigma_data={self.sigma_data:.4g}, {sum(p.numel() for p in self.parameters()):,} parameters)")
 
-    def forward(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None, to: float | Tensor | None = None
+    ) -> Tensor:
         """E[x0 | x] estimated, in x's dtype: x (n, *shape), sigma a float or (n,) > 0, label (n,) if class-conditional
-        (None for the null class, where there is one)."""
+        (None for the null class, where there is one). Of a network that jumps, the aim of a jump to level `to`."""
         label = check_input(self, x, label)
         s = _validate.broadcast_sigma(sigma, x, positive=True)
         scale = torch.rsqrt(s.square() + self.sigma_data**2)  # c_in
         c_skip = (self.sigma_data * scale).square()
         c_out = s * self.sigma_data * scale
-        c_noise = (s.log() / 4).flatten().expand(len(x))
-        if self.autocast is None:
-            return (c_skip * x + c_out * self.run(scale * x, c_noise, label).to(c_out.dtype)).to(x.dtype)
+        c_noise, told = (s.log() / 4).flatten().expand(len(x)), self.told(to, s, x)
+        if self.autocast is None or in_forward_mode():
+            return (c_skip * x + c_out * self.run(scale * x, c_noise, label, *told).to(c_out.dtype)).to(x.dtype)
         with torch.autocast(x.device.type, self.autocast):
-            out = self.run(scale * x, c_noise, label)
+            out = self.run(scale * x, c_noise, label, *told)
         return (c_skip * x + c_out * out.to(c_out.dtype)).to(x.dtype)
 
     def features(self, x: Tensor, sigma: float | Tensor, label: Tensor | None = None) -> Tensor:
@@ -90,7 +101,8 @@ class Denoiser(Preconditioned):
         c_noise = (s.log() / 4).flatten().expand(len(x))
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
             own = next((weight.dtype for weight in self.network.parameters()), x.dtype)
-            features = self.network.features((scale * x).to(own), c_noise.to(own), label)  # type: ignore[operator]
+            told = (each.to(own) for each in self.told(None, s, x))
+            features = self.network.features((scale * x).to(own), c_noise.to(own), label, *told)  # type: ignore
             return features.to(x.dtype)
 
 
@@ -147,13 +159,14 @@ class Generator(nn.Module):
 
     Given a teacher's denoiser it starts from the teacher's weights, as in DMD, SiD and SIM. `levels`, descending below
     sigma_init, are those at which a student of several steps is called again, each time on its last sample with new
-    noise (DMD2); () for one step.
+    noise (DMD2); () for one step. `route` says what else it can be asked, one of `jumps.ROUTES`.
     """
 
     def __init__(self, denoiser: Denoiser | Affine, sigma_init: float) -> None:
         super().__init__()
         self.denoiser, self.sigma_init = denoiser, float(_validate.positive("sigma_init", sigma_init))
         self.levels: tuple[float, ...] = ()
+        self.route = "call"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -163,11 +176,21 @@ class Generator(nn.Module):
     def n_classes(self) -> int:
         return self.denoiser.n_classes
 
-    def forward(self, z: Tensor, label: Tensor | None = None, sigma: float | None = None) -> Tensor:
+    def forward(
+        self, z: Tensor, label: Tensor | None = None, sigma: float | Tensor | None = None,
+        to: float | Tensor | None = None, aim: bool = False,
+    ) -> Tensor:
         """z ~ N(0, I), (n, *shape) -> samples, (n, *shape). With sigma, z is no noise but samples noised to that level,
-        to be denoised: a further step."""
+        to be denoised: a further step. With `to`, J(z, sigma, to): where a jump lands, or, if `aim`, its aim."""
         x, level = (self.sigma_init * z, self.sigma_init) if sigma is None else (z, sigma)
-        return self.denoiser(x, level, label)
+        if self.route == "jump":
+            to = 0.0 if to is None else to
+            return self.denoiser(x, level, label, to) if aim else jump(self.denoiser, x, level, to, label)
+        if to is None or aim:
+            return self.denoiser(x, level, label)
+        if not ROUTES[self.route] and not (isinstance(to, float) and to == 0):
+            raise ValueError(f"to={to}: this student ({self.route!r}) only knows where paths end; wanted 0")
+        return jump(lambda *at: self.denoiser(*at[:3]), x, level, to, label)
 
 
 def check_input(model: Any, x: Tensor, label: Tensor | None) -> Tensor | None:

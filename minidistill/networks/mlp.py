@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import relu, silu
 
 from minidistill import _validate
+from minidistill.networks.jumps import WhereTo
 
-__all__ = ["ACTIVATIONS", "MLP", "LabelEmbedding", "NoiseEmbedding", "null_number", "octaves"]
+__all__ = ["ACTIVATIONS", "MLP", "LabelEmbedding", "NoiseEmbedding", "frequencies", "null_number"]
 
 
 class NoiseEmbedding(nn.Module):
@@ -21,7 +22,7 @@ class NoiseEmbedding(nn.Module):
 
     def __init__(self, features: int = 16) -> None:
         super().__init__()
-        self.register_buffer("frequencies", octaves(torch.arange(features // 2, device="cpu")), persistent=False)
+        self.register_buffer("frequencies", frequencies(torch.arange(features // 2, device="cpu")), persistent=False)
 
     def forward(self, c_noise: Tensor) -> Tensor:
         angle = c_noise.reshape(-1, 1) * self.frequencies / 4
@@ -29,14 +30,14 @@ class NoiseEmbedding(nn.Module):
 
 
 class LabelEmbedding(nn.Embedding):
-    """A vector for each class; not filled on the meta device, for the same reason as `octaves`."""
+    """A vector for each class; not filled on the meta device, for the same reason as `frequencies`."""
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:
             super().reset_parameters()
 
 
-def octaves(steps: Tensor) -> Tensor:
+def frequencies(steps: Tensor) -> Tensor:
     """pi 2^steps, from steps on the CPU to the default device. On the meta device, where checkpoints are looked at, any
     arithmetic makes torch load its compiler, which takes it two seconds."""
     return (math.pi * 2.0 ** steps).to(torch.get_default_device())
@@ -66,6 +67,8 @@ class MLP(nn.Module):
             step on, for a generator that has to tear its input into many modes.
         centre: taken off c_noise = ln(sigma) / 4. With ln(2 sigma_data) / 4 the network sees the same numbers whatever
             the data's unit; 0 is EDM's, for data of standard deviation 0.5.
+        jumps: also told the level that a jump goes to, c_to (`networks.jumps`).
+        octaves: frequencies of the noise embedding; fewer make derivatives in the level tamer.
     """
 
     def __init__(
@@ -79,13 +82,16 @@ class MLP(nn.Module):
         gain: float = 1.0,
         centre: float = 0.0,
         null_class: bool = False,
+        jumps: bool = False,
+        octaves: int = 8,
     ) -> None:
         super().__init__()
         shape, gain = _validate.shape("shape", shape), _validate.positive("gain", gain)
         hidden, depth = _validate.whole("hidden", hidden), _validate.whole("depth", depth, least=0)
         n_classes = _validate.whole("n_classes", n_classes, least=0)
         out_features = None if out_features is None else _validate.whole("out_features", out_features)
-        more: dict[str, Any] = {"gain": (gain, 1), "centre": (centre, 0), "null_class": (null_class, False)}
+        more: dict[str, Any] = {"gain": (gain, 1), "centre": (centre, 0), "null_class": (null_class, False),
+                                "jumps": (jumps, False), "octaves": (_validate.whole("octaves", octaves), 8)}
         self.config: dict[str, Any] = {
             "kind": "mlp", "shape": list(shape), "hidden": hidden, "depth": depth,
             "n_classes": n_classes, "out_features": out_features, "activation": activation,
@@ -95,8 +101,8 @@ class MLP(nn.Module):
         self.null_class = null_number(n_classes, null_class)
         self.activation = _validate.choose("activation", activation, ACTIVATIONS)
         features = math.prod(shape)
-        self.noise = NoiseEmbedding()
-        self.condition = nn.Linear(16, hidden)
+        self.noise = NoiseEmbedding(2 * octaves)
+        self.condition = nn.Linear(2 * octaves, hidden)
         self.label = LabelEmbedding(n_classes + bool(null_class), hidden) if n_classes else None
         self.inward = nn.Linear(features, hidden)
         self.blocks = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
@@ -104,21 +110,28 @@ class MLP(nn.Module):
         if gain != 1:
             with torch.no_grad():
                 self.inward.weight *= gain
+        self.where_to = WhereTo(NoiseEmbedding(8), nn.Linear(8, hidden)) if jumps else None
 
     @property
     def feature_channels(self) -> int:
         return self.outward.in_features
 
-    def features(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+    def features(
+        self, x: Tensor, c_noise: Tensor, label: Tensor | None = None, c_to: Tensor | None = None
+    ) -> Tensor:
         """The last hidden layer, (n, hidden)."""
         h = self.inward(x.flatten(1)) + self.condition(self.noise(c_noise - self.centre))
         if self.label is not None:
             h = h + self.label(label)
+        if self.where_to is not None and c_to is not None:
+            h = h + self.where_to(c_to)
         for block in self.blocks:
             h = h + self.activation(block(h))
         return h
 
-    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
-        out = self.outward(self.features(x, c_noise, label))
+    def forward(
+        self, x: Tensor, c_noise: Tensor, label: Tensor | None = None, c_to: Tensor | None = None
+    ) -> Tensor:
+        out = self.outward(self.features(x, c_noise, label, c_to))
         return out if self.out_features else out.reshape(x.shape)
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear, pixel_shuffle, pixel_unshuffle, scaled_dot_product_attention, silu
 
 from minidistill import _validate
-from minidistill.networks.mlp import LabelEmbedding, NoiseEmbedding, null_number, octaves
+from minidistill.networks.jumps import WhereTo
+from minidistill.networks.mlp import LabelEmbedding, NoiseEmbedding, frequencies, null_number
 
 __all__ = ["PRESETS", "Attention", "Pointwise", "ResBlock", "UNet", "grow", "preset"]
 
@@ -87,6 +88,7 @@ class UNet(nn.Module):
         null_class: one more class, number n_classes, for samples whose class is not told.
         patch: patch x patch pixels become one position with patch^2 times as many channels, so that an image of 32x32
             costs with patch 2 what one of 16x16 costs (as in Hoogeboom 2023, simple diffusion, section 3.3).
+        jumps: also told the level that a jump goes to, c_to (`networks.jumps`).
     Attributes:
         feature_channels: c of what `features` returns, (n, c, h, w).
     Raises:
@@ -104,6 +106,7 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         null_class: bool = False,
         patch: int = 1,
+        jumps: bool = False,
     ) -> None:
         super().__init__()
         shape, channels = _validate.shape("shape", shape), _validate.whole("channels", channels)
@@ -115,7 +118,8 @@ class UNet(nn.Module):
         self.config: dict[str, Any] = {
             "kind": "unet", "shape": list(shape), "channels": channels, "multipliers": list(multipliers),
             "blocks": blocks, "attention": attention, "n_classes": n_classes, "dropout": dropout,
-        } | ({"null_class": True} if null_class else {}) | ({"patch": patch} if patch > 1 else {})
+        } | ({"null_class": True} if null_class else {}) | ({"patch": patch} if patch > 1 else {}) | (
+            {"jumps": True} if jumps else {})
         divisor = patch * 2 ** (len(multipliers) - 1)
         if len(shape) != 3 or shape[1] % divisor or shape[2] % divisor:
             raise ValueError(f"shape={shape}: wanted (c, h, w) with h and w divisible by {divisor}")
@@ -126,7 +130,7 @@ class UNet(nn.Module):
         width, side = 4 * channels, shape[1] // patch
         self.noise = NoiseEmbedding(channels)
         # The MLP's octaves, 0 to 7, sampled more finely: far higher frequencies would turn rounding into noise.
-        self.noise.frequencies = octaves(torch.linspace(0, 7, channels // 2, device="cpu"))
+        self.noise.frequencies = frequencies(torch.linspace(0, 7, channels // 2, device="cpu"))
         self.embed = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width))
         self.label = LabelEmbedding(n_classes + bool(null_class), width) if n_classes else None
         self.first = nn.Conv2d(colours, channels, 3, padding=1)
@@ -160,14 +164,20 @@ class UNet(nn.Module):
                 side *= 2
                 self.up.append(nn.Conv2d(now, now, 3, padding=1))
         self.last_norm, self.outward = _norm(now), nn.Conv2d(now, colours, 3, padding=1)
+        self.where_to = None if not jumps else WhereTo(
+            NoiseEmbedding(8), nn.Linear(8, width), nn.SiLU(), nn.Linear(width, width))
 
-    def features(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+    def features(
+        self, x: Tensor, c_noise: Tensor, label: Tensor | None = None, c_to: Tensor | None = None
+    ) -> Tensor:
         """The bottleneck, after the middle block: (n, feature_channels, h, w) at the lowest level's h and w.
         Nothing above it is computed, so that a discriminator's head costs half a network."""
-        return self._encode(x, c_noise, label)[0]
+        return self._encode(x, c_noise, label, c_to)[0]
 
-    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
-        h, skips, embedding = self._encode(x, c_noise, label)
+    def forward(
+        self, x: Tensor, c_noise: Tensor, label: Tensor | None = None, c_to: Tensor | None = None
+    ) -> Tensor:
+        h, skips, embedding = self._encode(x, c_noise, label, c_to)
         for stage in self.up:
             if isinstance(stage, nn.Conv2d):
                 h = stage(interpolate(h, scale_factor=2.0))
@@ -175,11 +185,15 @@ class UNet(nn.Module):
                 h = _apply(stage, torch.cat([h, skips.pop()], 1), embedding)
         return pixel_shuffle(self.outward(silu(self.last_norm(h))), self.patch)
 
-    def _encode(self, x: Tensor, c_noise: Tensor, label: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor]:
+    def _encode(
+        self, x: Tensor, c_noise: Tensor, label: Tensor | None, c_to: Tensor | None
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
         """(bottleneck, the way up's skips, embedding (n, 4 channels))."""
         embedding = self.embed(self.noise(c_noise))
         if self.label is not None:
             embedding = embedding + self.label(label)
+        if self.where_to is not None and c_to is not None:
+            embedding = embedding + self.where_to(c_to)
         embedding = silu(embedding)
         h = self.first(pixel_unshuffle(x, self.patch))
         skips = [h]

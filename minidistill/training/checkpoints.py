@@ -24,6 +24,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from minidistill import _validate
 from minidistill.networks import MLP, Denoiser, Generator
+from minidistill.networks.jumps import ROUTES
 from minidistill.networks.unet import UNet
 from minidistill.training.files import atomic, writable
 from minidistill.training.plain import plain
@@ -247,6 +248,7 @@ def save_model(path: str | Path, model: Denoiser | Generator, *, half: bool = Fa
     kind = "generator" if isinstance(model, Generator) else "denoiser"
     if isinstance(model, Generator):
         recipe |= {"sigma_init": model.sigma_init, "levels": list(model.levels)}
+        recipe |= {"route": model.route} if model.route != "call" else {}
     text = json.dumps(plain("model", recipe) | {"info": plain("info", info)})
     weights = denoiser.network.state_dict()
     return write(writable(path), halved(path, weights) if half else weights, {"kind": kind, "recipe": text})
@@ -270,6 +272,11 @@ def load_model(path: str | Path) -> tuple[Denoiser | Generator, dict[str, Any]]:
         generator.levels = tuple(float(level) for level in recipe.get("levels", ()))
         for level in generator.levels:
             _validate.positive("levels", level)
+        generator.route = recipe.get("route", "call")  # nor those from before jumps a route
+        _validate.choose("route", generator.route, ROUTES)
+        if (generator.route == "jump") != (getattr(network, "where_to", None) is not None):
+            told = "is not" if generator.route == "jump" else "is"
+            raise ValueError(f"{path}: a student of route {generator.route!r}, whose network {told} told where to jump")
         return generator.eval(), info
 
 

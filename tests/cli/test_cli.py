@@ -132,3 +132,27 @@ def test_an_interrupt_ends_with_a_word(stop, said, capsys):
 
     assert cli.run("x", command) == 130
     assert capsys.readouterr().err.strip() == said
+
+
+@pytest.mark.parametrize("objective", ["ict", "ctm", "mean_flow", "reflow"])
+def test_students_of_trajectories_are_sampled_in_any_number_of_calls(objective, tmp_path, capsys, monkeypatch):
+    from minidistill.distillation import prepare
+    real = prepare.make_pairs
+    monkeypatch.setattr(prepare, "make_pairs", lambda teacher, n, *rest, **options: real(teacher, 16, *rest, **options))
+    assert main(["distill", "--teacher", "ring", "--objective", objective, "--steps", "2", "--batch-size", "16",
+                 "--out", str(tmp_path)]) == 0
+    student = tmp_path / "student.safetensors"
+    drawn = []
+    for more in ([], ["--steps", "2"], ["--steps", "2", "--gamma", "1"]):
+        out = tmp_path / f"{len(drawn)}.safetensors"
+        assert main(["sample", str(student), "--n", "20", "--out", str(out), *more]) == 0
+        drawn.append(checkpoints.read(out)[0]["samples"])
+    assert not torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[1], drawn[2]) == (objective == "ict")  # which always lands on clean samples
+    assert main(["evaluate", str(student), "--n", "50"]) == 0
+    capsys.readouterr()
+    for bad, said in ((["--steps", "0"], "steps=0"), (["--gamma", "2"], "gamma=2"), (["--levels", "5"], "a student")):
+        assert main(["sample", str(student), "--out", str(out), *bad]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["sample", "ring", "--steps", "2", "--out", str(out)]) == 2
+    assert "--steps 2: ring is no student" in capsys.readouterr().err

@@ -165,3 +165,14 @@ def test_a_student_is_trained_from_samples_and_from_a_teacher():
     for rule in (EasyConsistency(), Consistency(first=4, last=4, teacher_step=True, needs_target=100.0)):
         student = distill(teacher, objective=rule, data=data, steps=4, **quick)
         assert student.history[-1]["generator"] > 0
+
+
+def test_a_consistency_function_is_a_jump_to_the_end_in_any_number_of_calls():
+    done = distill(ring(), objective=Consistency(first=4, last=4), steps=2, batch_size=16, progress=False)
+    x = 3 * normal(5, 2).float()
+    assert torch.equal(done.jump(x, 3.0), done.ema.denoiser(x, 3.0))
+    with pytest.raises(ValueError, match="only knows where paths end"):
+        done.jump(x, 3.0, 1.0)
+    one, three = done.sample(5), done.sample(5, steps=3)
+    assert three.shape == (5, 2)
+    assert not torch.equal(one, three)

@@ -85,6 +85,22 @@ def test_distillation_in_two_processes(objective, alone, tmp_path):
         torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4 * float(one.abs().max()))
 
 
+def test_jumps_in_two_processes(alone, tmp_path):
+    """Mean flow's forward derivative is of the bare network, and its losses agree; flow_map's carries a gradient, and
+    says what it wants."""
+    arguments = ["distill", "--teacher", str(alone / "t" / "teacher.safetensors"), "--objective", "mean_flow",
+                 "--steps", "4", "--batch-size", "16", "--log-every", "1", "--learning-rate", "1e-4"]
+    done = launch("-m", "minidistill", *arguments, "--out", str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr
+    assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
+    two, one = (torch.tensor(losses(tmp_path / out, "generator")) for out in ("two", "one"))
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4 * float(one.abs().max()))
+    refused = launch("-m", "minidistill", *("flow_map" if word == "mean_flow" else word for word in arguments),
+                     "--out", str(tmp_path / "no"))
+    assert refused.returncode != 0
+    assert "wanted FlowMap(difference=0.01)" in refused.stderr
+
+
 def test_a_batch_in_pieces_gives_the_same_network():
     data = ring().sample(200, torch.Generator().manual_seed(0))
     whole, pieces = (train_denoiser(data, steps=5, batch_size=24, accumulate=k, progress=False) for k in (1, 3))

@@ -6,6 +6,11 @@
     implicit.py      SIM, SiD, SiDA: distances between scores
     regression.py    the teacher's own map, pair by pair
     consistency.py   CD, CT, iCT, ECT: one answer all along a path of the probability flow
+    scm.py           the same in continuous time
+    ctm.py           jumps from any level to any other, along a teacher's solver
+    flow_maps.py     mean flow and its kin: the mean velocity of a jump
+    progressive.py   two steps become one, again and again
+    reflow.py        a flow between partners, whose ways are straight
     samples.py       drifting: samples moved towards real ones and apart, no network but the student
     mixture.py       score of mixture: all skews at once
     uni_instruct.py  the divergence of the clean laws, expanded
@@ -14,21 +19,27 @@
 from minidistill import divergences
 from minidistill.distillation.objective import Objective
 from minidistill.distillation.objectives.consistency import Consistency, EasyConsistency
+from minidistill.distillation.objectives.ctm import ConsistencyTrajectory
 from minidistill.distillation.objectives.dmd import DMD, DMD2
+from minidistill.distillation.objectives.flow_maps import AlphaFlow, FlowMap, ImprovedMeanFlow, MeanFlow
 from minidistill.distillation.objectives.implicit import AdversarialScoreIdentity, ScoreIdentity, ScoreImplicitMatching
 from minidistill.distillation.objectives.matching import DistributionMatching, fake_loss, ratio_loss
 from minidistill.distillation.objectives.mixture import ScoreOfMixture
+from minidistill.distillation.objectives.progressive import Progressive
+from minidistill.distillation.objectives.reflow import Reflow
 from minidistill.distillation.objectives.regression import Regression
 from minidistill.distillation.objectives.samples import Drifting
+from minidistill.distillation.objectives.scm import ContinuousConsistency
 from minidistill.distillation.objectives.uni_instruct import UniInstruct
 
 __all__ = [
-    "DMD", "DMD2", "OBJECTIVES", "AdversarialScoreIdentity", "Consistency", "DistributionMatching", "Drifting",
-    "EasyConsistency", "Regression", "ScoreIdentity", "ScoreImplicitMatching", "ScoreOfMixture", "UniInstruct",
-    "fake_loss", "ratio_loss",
+    "DMD", "DMD2", "OBJECTIVES", "AdversarialScoreIdentity", "AlphaFlow", "Consistency", "ConsistencyTrajectory",
+    "ContinuousConsistency", "DistributionMatching", "Drifting", "EasyConsistency", "FlowMap", "ImprovedMeanFlow",
+    "MeanFlow", "Progressive", "Reflow", "Regression", "ScoreIdentity", "ScoreImplicitMatching", "ScoreOfMixture",
+    "UniInstruct", "fake_loss", "ratio_loss",
 ]
 #: Every objective by name: distribution matching with each f-divergence, reverse KL in its other clothes, the line of
-#: skew Jensen-Shannon divergences, and the score-implicit family.
+#: skew Jensen-Shannon divergences, the score-implicit family, and trajectories.
 OBJECTIVES: dict[str, Objective] = {
     **{name: DistributionMatching(row) for name, row in divergences.F.items()},
     "diff_instruct": DistributionMatching(divergences.F["reverse_kl"], normalise=False),
@@ -49,4 +60,16 @@ OBJECTIVES: dict[str, Objective] = {
     "regression": Regression(),
     "drifting": Drifting(),
     "uni_instruct": UniInstruct(divergences.F["jensen_shannon"]),
+    "consistency_distillation": Consistency(first=18, last=18, lognormal=False, huber=None, teacher_step=True),
+    "consistency_training": Consistency(first=2, last=150, lognormal=False, huber=None),
+    "ict": Consistency(),
+    "ect": EasyConsistency(),
+    "scm": ContinuousConsistency(),
+    "ctm": ConsistencyTrajectory(),
+    "mean_flow": MeanFlow(),
+    "improved_mean_flow": ImprovedMeanFlow(),
+    "alpha_flow": AlphaFlow(),
+    "flow_map": FlowMap(),
+    "progressive": Progressive(),
+    "reflow": Reflow(),
 }

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minidistill.distillation.batch import Batch, per_sample
+from minidistill.distillation.batch import Batch, column, per_sample
 from minidistill.distillation.objective import Terms
 from minidistill.distillation.settings import Settings
+from minidistill.networks.jumps import HIGHEST, LOWEST
 from minidistill.samplers import karras_sigmas
 
 __all__ = ["Consistency", "EasyConsistency", "doubling", "log_normal_weights", "one_step_down"]
 
-LOWEST, HIGHEST = 0.004, 160.0  # in standard deviations of the data: EDM's 0.002 and 80
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Consistency(Terms):
         length; else all levels alike.
     huber: c of the pseudo-Huber distance for one dimension, in standard deviations of the data; None for |.|^2.
     teacher_step: x' by the teacher.
+    sigma_init: the grid's highest level, in standard deviations of the data: EDM's.
     needs_target: the lower answer from an average of the student, its half-life in samples; 0 for the student itself.
     """
 
@@ -46,12 +47,13 @@ class Consistency(Terms):
     needs_target: float = 0.0
     needs_real = True
     needs_samples = False
-    sigma_init = HIGHEST
+    sigma_init: float = HIGHEST
+    route = "end"
 
     def levels(self, sigma_data: float, progress: float, like: Tensor) -> Tensor:
         """The grid in force, ascending, (N + 1,)."""
         steps = doubling(progress, self.first, self.last)
-        return karras_sigmas(steps + 1, LOWEST, HIGHEST)[:-1].flip(0).to(like) * sigma_data
+        return karras_sigmas(steps + 1, LOWEST, self.sigma_init)[:-1].flip(0).to(like) * sigma_data
 
     def noise_levels(self, n: int, settings: Settings, progress: float, generator: torch.Generator) -> Tensor:
         """The upper level of each sample's step, (n,)."""
@@ -66,14 +68,14 @@ class Consistency(Terms):
         assert batch.student is not None
         grid = self.levels(batch.sigma_data, batch.progress, batch.sigma)
         i = (grid[:, None] - batch.sigma).abs().argmin(0) - 1  # the lower level's number, (n,)
-        upper, lower = (_column(s, batch.real) for s in (batch.sigma, grid[i]))
+        upper, lower = (column(s, batch.real) for s in (batch.sigma, grid[i]))
         x = batch.real + upper * batch.noise
         label = batch.real_label
         with torch.no_grad():
             below = one_step_down(batch.teacher, x, upper, lower, label) if self.teacher_step else (
                 batch.real + lower * batch.noise)
             answer = (batch.target or batch.student)(below, grid[i], label)
-            answer = torch.where(_column(i, x) == 0, below, answer)  # f(x, sigma_min) = x
+            answer = torch.where(column(i, x) == 0, below, answer)  # f(x, sigma_min) = x
         gap = per_sample((batch.student(x, batch.sigma, label) - answer).square()) / batch.sigma_data**2
         if self.huber is not None:
             c = self.huber * math.sqrt(x[0].numel())
@@ -94,7 +96,8 @@ class EasyConsistency(Terms):
     stages: int = 8
     needs_real = True
     needs_samples = False
-    sigma_init = HIGHEST
+    sigma_init: float = HIGHEST
+    route = "end"
 
     def noise_levels(self, n: int, settings: Settings, progress: float, generator: torch.Generator) -> Tensor:
         normal = torch.randn(n, generator=generator, device=generator.device)
@@ -110,7 +113,7 @@ class EasyConsistency(Terms):
         assert batch.student is not None
         unit, t = 2 * batch.sigma_data, batch.sigma
         r = self.below(t / unit, batch.progress) * unit
-        upper, lower = _column(t, batch.real), _column(r, batch.real)
+        upper, lower = column(t, batch.real), column(r, batch.real)
         with torch.no_grad():
             safe = torch.where(r > 0, r, t)  # a denoiser is not asked at 0
             answer = batch.student(batch.real + lower * batch.noise, safe, batch.real_label)
@@ -143,8 +146,3 @@ def one_step_down(teacher: object, x: Tensor, upper: Tensor, lower: Tensor, labe
 
     first = slope(x, upper)
     return x + (lower - upper) * (first + slope(x + (lower - upper) * first, lower)) / 2
-
-
-def _column(values: Tensor, x: Tensor) -> Tensor:
-    """(n,) -> (n, 1, ...), to go with samples x."""
-    return values.reshape(-1, *[1] * (x.ndim - 1))
