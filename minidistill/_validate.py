@@ -51,7 +51,6 @@ def path(name: str, value: Any) -> Path:
     return Path(os.path.expanduser(value))
 
 
-
 def number(
     name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, between: bool = False
 ) -> float:

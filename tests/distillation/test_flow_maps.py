@@ -220,7 +220,6 @@ def test_students_that_jump_come_out(rule):
         assert not torch.equal(done.jump(x, 2.0, 1.0), x)
 
 
-
 @pytest.mark.parametrize("name", ["mean_flow", "flow_map", "scm"])
 def test_images_by_class_with_attention_and_in_bfloat16(name):
     """Forward derivatives are taken in the weights' own precision; the losses agree with float32's."""

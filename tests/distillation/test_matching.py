@@ -151,7 +151,6 @@ def test_an_adversarial_term_brings_a_ratio_that_reverse_kl_alone_does_without()
     assert not DMD2(weight=0.0).needs_ratio
 
 
-
 def test_each_stabiliser_can_be_switched_off():
     """The weight of Jensen-Shannon with a given logit: clip, division by the level's mean, unit mean; each alone."""
     rng = torch.Generator().manual_seed(0)

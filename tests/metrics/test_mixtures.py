@@ -211,7 +211,6 @@ def test_over_floor_is_one_for_exact_samples_and_grows_with_a_shift():
         over_floor(target, a[:, :1])
 
 
-
 def test_frechet_distance_is_scipys_and_torchmetrics():
     x, y = fid_inputs()
     cov_x, cov_y = np.cov(x.numpy().T), np.cov(y.numpy().T)

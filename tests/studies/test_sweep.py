@@ -207,7 +207,6 @@ def test_networks_of_the_students():
     assert generator.sigma_init == pytest.approx(0.5 * sweep.TARGETS["lattice"].sigma_data)
 
 
-
 #: Trials that are still being run: (study, name), or a whole study.
 UNDER_WAY: set[str | tuple[str, str]] = set()
 

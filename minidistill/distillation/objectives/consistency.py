@@ -22,7 +22,6 @@ from minidistill.samplers import karras_sigmas
 __all__ = ["Consistency", "EasyConsistency", "doubling", "log_normal_weights", "one_step_down"]
 
 
-
 @dataclass(frozen=True)
 class Consistency(Terms):
     """weight d(f(x, sigma_{i+1}), sg f(x', sigma_i)) on a grid of levels (Song 2023; Song & Dhariwal 2024: iCT).

@@ -34,7 +34,6 @@ from minidistill.training import parallel
 __all__ = ["AlphaFlow", "FlowMap", "ImprovedMeanFlow", "MeanFlow", "mean_velocity"]
 
 
-
 def mean_velocity(student: Callable[..., Tensor], sigma_data: float, label: Tensor | None) -> Callable[..., Tensor]:
     """u(z, r, t) of a student (`Batch.student`) in flow's coordinates, z (n, *shape), r and t (n,), t > 0."""
     def u(z: Tensor, r: Tensor, t: Tensor) -> Tensor:
