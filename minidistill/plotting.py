@@ -158,9 +158,10 @@ def curves(
     `styles` holds matplotlib's line properties by name, where a name must look the same in several figures.
     """
     ax = _axes(ax, (5.5, 4))
-    colors = [*PALETTE, "black"]
+    colors = [*PALETTE, to_rgb("black")]
     for index, (name, (x, y)) in enumerate(series.items()):
-        look = {"color": colors[index % len(colors)], "linestyle": ("-", "--", "-.", ":")[index % 4], "linewidth": 2}
+        look: dict[str, Any] = {"color": colors[index % len(colors)], "linestyle": ("-", "--", "-.", ":")[index % 4],
+                                "linewidth": 2}
         ax.plot(x, y, label=name, **look | dict((styles or {}).get(name, {})))
     if goal is not None:
         ax.axhline(goal, color="black", linewidth=1, linestyle=":", label=f"{goal:g}")

@@ -57,7 +57,7 @@ class PartlyFrozen(Terms):
 
 #: "start" is what every student is before its first step, one call of the teacher.
 STUDIES: dict[str, dict[str, str | Objective | None]] = {
-    "objectives": {"start": None, **{name: name for name in OBJECTIVES if name not in rows.UNMEASURED}},
+    "objectives": {"start": None, **{name: name for name in OBJECTIVES}},
     "frozen": {f"only {part} frozen": PartlyFrozen(part) for part in ("y", "D_q")},
 }
 

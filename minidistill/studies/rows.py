@@ -24,13 +24,7 @@ from minidistill.studies.cifar10_speed import hardware
 from minidistill.studies.spawned import main_hidden
 from minidistill.training import checkpoints, parallel
 
-__all__ = ["UNMEASURED", "Stored", "collect", "read"]
-
-#: Objectives by name that no stored run has yet: they are left out of the tables of digits and of the sweep.
-UNMEASURED = (
-    "consistency_distillation", "consistency_training", "ict", "ect", "scm", "ctm", "mean_flow", "improved_mean_flow",
-    "alpha_flow", "flow_map", "progressive", "reflow",
-)
+__all__ = ["Stored", "collect", "read"]
 
 
 @dataclass(frozen=True)
