@@ -37,10 +37,11 @@ def heun(denoiser: Denoiser, x: Tensor, sigmas: Tensor, generator: Rng = None, *
 
 
 def heun_step(denoise: Denoise, x: Tensor, sigma: Tensor, after: Tensor, rng: Rng = None) -> Tensor:
-    """One step of `heun`."""
+    """One step of `heun`, for all samples alike, or from (n, 1, ...) to (n, 1, ...) > 0 for each by itself."""
     first = slope(denoise, x, sigma)
     guess = x + (after - sigma) * first
-    if after == 0:  # the slope is not defined at 0, and Euler's step there is exact: it lands on D
+    alike = not isinstance(after, Tensor) or after.ndim == 0
+    if alike and after == 0:  # the slope is not defined at 0, and Euler's step there is exact: it lands on D
         return guess
     return x + (after - sigma) * (first + slope(denoise, guess, after)) / 2
 

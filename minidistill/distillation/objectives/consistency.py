@@ -18,6 +18,7 @@ from minidistill.distillation.objective import Terms
 from minidistill.distillation.settings import Settings
 from minidistill.networks.jumps import HIGHEST, LOWEST
 from minidistill.samplers import karras_sigmas
+from minidistill.samplers.ode import heun_step
 
 __all__ = ["Consistency", "EasyConsistency", "doubling", "log_normal_weights", "one_step_down"]
 
@@ -140,8 +141,4 @@ def log_normal_weights(grid: Tensor, mean: float = -1.1, std: float = 2.0) -> Te
 
 def one_step_down(teacher: object, x: Tensor, upper: Tensor, lower: Tensor, label: Tensor | None) -> Tensor:
     """One Heun step of the probability flow, each sample between levels of its own, (n, 1, ...) like x."""
-    def slope(x: Tensor, sigma: Tensor) -> Tensor:
-        return (x - teacher(x, sigma.flatten(), label)) / sigma  # type: ignore[operator]
-
-    first = slope(x, upper)
-    return x + (lower - upper) * (first + slope(x + (lower - upper) * first, lower)) / 2
+    return heun_step(lambda x, sigma: teacher(x, sigma.flatten(), label), x, upper, lower)  # type: ignore[operator]
