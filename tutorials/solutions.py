@@ -388,6 +388,26 @@ def gaussian_fisher(mean_p, std_p, mean_q, std_q, sigma):
     return q * (1 / q - 1 / p) ** 2 + ((mean_p - mean_q) / p) ** 2
 
 
+# 11_trajectories
+def consistency_loss(student, x, below, upper, lower, lowest):
+    """The answer below is held fixed; where the path ends it is the point itself."""
+    with torch.no_grad():
+        answer = torch.where((lower == lowest)[:, None], below, student(below, lower))
+    return (student(x, upper) - answer).square().sum(1)
+
+
+def gamma_step(jump, x, sigma, after, gamma, z):
+    """The jump's level and the new noise add up to `after` in their squares."""
+    return jump(x, sigma, (1 - gamma**2) ** 0.5 * after) + gamma * after * z
+
+
+def mean_flow_target(u, z, r, t, v):
+    """One forward derivative: the point moves with velocity v, r stays, t moves."""
+    tangents = (v, torch.zeros_like(r), torch.ones_like(t))
+    rate = torch.func.jvp(u, (z, r, t), tangents)[1]
+    return v - (t - r)[:, None] * rate
+
+
 # 15_digits
 def normalised_ratio(ratio, level):
     """E_q[p / q] = 1 at every noise level, so that each level has its own mean."""

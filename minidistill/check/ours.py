@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minidistill import score_matching as sm
 from minidistill import training
+from minidistill._autodiff import jvp
 from minidistill.distillation.batch import Batch, dmd_scale
 from minidistill.distillation.objectives import fake_loss, ratio_loss
 from minidistill.distributions import GaussianMixture
@@ -24,12 +25,12 @@ from minidistill.teachers.closed_form import GaussianTeacher
 
 __all__ = [
     "OwnObjective", "add_noise", "aligned_share", "best_cover", "best_share", "bridge_velocity",
-    "chi_squared_conjugate", "class_gradient", "ddim_step", "denoising_loss", "distillation_loop", "divergence_weight",
-    "dmd_gradient", "energy_loss", "euler_step", "even_weight", "flipped_weight", "gauge_defect", "gaussian_fisher",
-    "gaussian_flow", "heun_solver", "implicit_loss", "kl_integrand", "linear_step", "mixture_denoiser",
-    "mixture_score", "one_call", "pseudo_huber_slope", "reverse_kl_gradient", "score_gap", "stein_trace", "step_score",
-    "training_loop", "tweedie",
-    "unbiased_loss", "uniform_time_density", "velocity", "weighted_denoiser",
+    "chi_squared_conjugate", "class_gradient", "consistency_loss", "ddim_step", "denoising_loss", "distillation_loop",
+    "divergence_weight", "dmd_gradient", "energy_loss", "euler_step", "even_weight", "flipped_weight", "gamma_step",
+    "gauge_defect", "gaussian_fisher", "gaussian_flow", "heun_solver", "implicit_loss", "kl_integrand", "linear_step",
+    "mean_flow_target", "mixture_denoiser", "mixture_score", "one_call", "pseudo_huber_slope", "reverse_kl_gradient",
+    "score_gap", "stein_trace", "step_score", "training_loop", "tweedie", "unbiased_loss", "uniform_time_density",
+    "velocity", "weighted_denoiser",
 ]
 
 Denoise = Callable[..., Tensor]
@@ -317,3 +318,25 @@ def gaussian_fisher(mean_p: Any, std_p: Any, mean_q: Any, std_q: Any, sigma: Any
     """E (s_p - s_q)^2 over q_sigma, for two Gaussians on the line with noise sigma on both."""
     p, q = std_p**2 + sigma**2, std_q**2 + sigma**2
     return q * (1 / q - 1 / p) ** 2 + ((mean_p - mean_q) / p) ** 2
+
+
+# ------------------------------------------------- 11_trajectories
+
+def consistency_loss(
+    student: Denoise, x: Tensor, below: Tensor, upper: Tensor, lower: Tensor, lowest: float
+) -> Tensor:
+    """|f(x, upper) - f(below, lower)|^2, (n,), the second held fixed; at the lowest level it is `below` itself."""
+    with torch.no_grad():
+        answer = torch.where((lower == lowest)[:, None], below, student(below, lower))
+    return (student(x, upper) - answer).square().sum(1)
+
+
+def gamma_step(jump: Denoise, x: Tensor, sigma: Any, after: Any, gamma: float, z: Tensor) -> Tensor:
+    """From level sigma to `after`, (n, d), of whose noise the share gamma is new."""
+    return jump(x, sigma, (1 - gamma**2) ** 0.5 * after) + gamma * after * z
+
+
+def mean_flow_target(u: Denoise, z: Tensor, r: Tensor, t: Tensor, v: Tensor) -> Tensor:
+    """v - (t - r) du/dt, (n, d), the derivative along dz/dt = v with r held."""
+    rate = jvp(u, (z, r, t), (v, torch.zeros_like(r), torch.ones_like(t)))[1]
+    return v - (t - r)[:, None] * rate

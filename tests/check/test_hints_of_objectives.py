@@ -1,4 +1,4 @@
-"""Foreseeable mistakes in the exercises of notebooks 07 to 10 get the sentence that explains them."""
+"""Foreseeable mistakes in the exercises of notebooks 07 to 11 get the sentence that explains them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +27,19 @@ def _without_scale(self, batch):
     return (pull * batch.x0).sum(1)
 
 
+def _consistency(held=True, bounded=True):
+    def loss(student, x, below, upper, lower, lowest):
+        answer = student(below, lower)
+        answer = torch.where((lower == lowest)[:, None], below, answer) if bounded else answer
+        return (student(x, upper) - (answer.detach() if held else answer)).square().sum(1)
+
+    return loss
+
+
+def _rate(u, z, r, t, v, in_r=0.0):
+    return torch.func.jvp(u, (z, r, t), (v, torch.full_like(r, in_r), torch.ones_like(t)))[1]
+
+
 MISTAKES: list[tuple[str, Callable[..., Any], str]] = [
     ("flipped_weight", lambda h, r: h(1 / r), "a factor r is missing"),
     ("chi_squared_conjugate", lambda u: u + u**2 / 4, "clamp it at 0"),
@@ -46,6 +59,15 @@ MISTAKES: list[tuple[str, Callable[..., Any], str]] = [
     ("implicit_loss", lambda x0, p, q, d, slope, a: ours.implicit_loss(x0, p, q, d, slope, a) - (1 - a) * d(q - p),
      "2 (1 - alpha)"),
     ("gaussian_fisher", lambda mp, sp, mq, sq, s: ours.gaussian_fisher(mp, sp, mq, sq, 0.0), "noise widens both"),
+    ("consistency_loss", _consistency(held=False), "hold it fixed"),
+    ("consistency_loss", _consistency(bounded=False), "the point `below` itself"),
+    ("consistency_loss", lambda f, x, below, u, l, s: (f(x, u) - below).square().sum(1), "not yet its path's end"),
+    ("gamma_step", lambda J, x, s, t, g, z: J(x, s, (1 - g) * t) + g * t * z, "variances add up"),
+    ("gamma_step", lambda J, x, s, t, g, z: J(x, s, (1 - g**2) ** 0.5 * t), "the noise is missing"),
+    ("mean_flow_target", lambda u, z, r, t, v: 2 * v - ours.mean_flow_target(u, z, r, t, v), "the sign is wrong"),
+    ("mean_flow_target", lambda u, z, r, t, v: v - _rate(u, z, r, t, v), "counts (t - r) times"),
+    ("mean_flow_target", lambda u, z, r, t, v: v - (t - r)[:, None] * _rate(u, z, r, t, v, in_r=1.0), "r is held"),
+    ("mean_flow_target", lambda u, z, r, t, v: v - (t - r)[:, None] * _rate(u, z, r, t, 0 * v), "tangent of z is v"),
 ]
 
 

@@ -52,6 +52,17 @@ def _without_zero_grad(loss, optimizer, steps):
     return losses
 
 
+def _endless(student, x, below, upper, lower, lowest):
+    """Asks the student at the lowest level too."""
+    return (student(x, upper) - student(below, lower).detach()).square().sum(1)
+
+
+def _two_way(student, x, below, upper, lower, lowest):
+    """The right value, with a gradient through both answers."""
+    answer = torch.where((lower == lowest)[:, None], below, student(below, lower))
+    return (student(x, upper) - answer).square().sum(1)
+
+
 def _objective(loss):
     """An objective whose generator_loss is a function of it and the batch."""
     return type("Objective", (solutions.OwnObjective,), {"generator_loss": loss})
@@ -191,6 +202,19 @@ WRONG: dict[str, list[Callable[..., Any]]] = {
         lambda mp, sp, mq, sq, s: solutions.gaussian_fisher(mq, sq, mp, sp, s),
         lambda mp, sp, mq, sq, s: solutions.gaussian_fisher(mp, sp, mq, sq, 0.0),
         lambda mp, sp, mq, sq, s: solutions.gaussian_fisher(0.0, sp, 0.0, sq, s),
+    ],
+    "consistency_loss": [
+        _endless, _two_way, lambda f, x, b, u, l, s: 2 * solutions.consistency_loss(f, x, b, u, l, s),
+        lambda f, x, b, u, l, s: solutions.consistency_loss(f, x, b, u, l, s).detach(),
+    ],
+    "gamma_step": [
+        lambda J, x, s, t, g, z: J(x, s, t) + g * t * z, lambda J, x, s, t, g, z: J(x, s, (1 - g) * t) + g * t * z,
+        lambda J, x, s, t, g, z: J(x, s, (1 - g**2) ** 0.5 * t),
+    ],
+    "mean_flow_target": [
+        lambda u, z, r, t, v: 2 * v - solutions.mean_flow_target(u, z, r, t, v), lambda u, z, r, t, v: v,
+        lambda u, z, r, t, v: v - torch.func.jvp(u, (z, r, t), (v, 0 * r, 0 * t + 1))[1],
+        lambda u, z, r, t, v: solutions.mean_flow_target(u, z, r, t, 0 * v) + v,
     ],
     "normalised_ratio": [lambda r, k: r / r.mean(), lambda r, k: solutions.normalised_ratio(r, k).log()],
     "sim_gradient": [
