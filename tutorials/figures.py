@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn
 import torch
+from matplotlib.colors import LogNorm
 
 from minidistill import divergences, plotting
 
@@ -22,6 +23,7 @@ __all__ = [
     "averaged_levels",
     "by_size",
     "classifier_errors",
+    "couplings",
     "descents",
     "draw_minima",
     "error_bars",
@@ -29,6 +31,7 @@ __all__ = [
     "gaussians",
     "guided_clouds",
     "half_moons",
+    "jump_maps",
     "landscape",
     "landscape_bar",
     "log_density_maps",
@@ -37,10 +40,12 @@ __all__ = [
     "minima_along",
     "networks_of_halves",
     "nice",
+    "one_legend",
     "panels",
     "ratio_tracks",
     "shrinkage",
     "six_teachers",
+    "walks_and_jumps",
     "weight_and_pull",
     "weight_bar",
     "what_each_sees",
@@ -53,7 +58,8 @@ PROPER = {"kl": "KL", "jensen_shannon": "Jensen-Shannon", "hellinger": "Hellinge
           "jeffreys": "Jeffreys", "pearson": "Pearson", "neyman": "Neyman", "le_cam": "Le Cam",
           "fisher": "Fisher", "dmd": "DMD", "dmd2": "DMD2", "sim_l2": "SIM, L2", "sim": "SIM",
           "sid": "SiD", "sida": "SiDA", "f_distill": "f-distill", "diff_instruct": "Diff-Instruct",
-          "uni_instruct": "Uni-Instruct", "alpha": "α ="}
+          "uni_instruct": "Uni-Instruct", "ict": "iCT", "ect": "ECT", "scm": "sCM",
+          "ctm": "CTM", "alpha_flow": "α-flow", "alpha": "α ="}
 
 
 def nice(name):
@@ -520,3 +526,77 @@ def classifier_errors(scores, teacher_error):
     axes[0].axvline(teacher_error, color="black", linestyle=":", label="teacher")
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=3, fontsize=11)
+
+
+# ------------------------------------------------- 11_trajectories
+
+def walks_and_jumps(path, one_call, ends, law):
+    """Paths of the probability flow (m, n, 2), at evenly spaced angles from noise to data; where
+    one call of the teacher lands from all starts; and straight lines from starts to ends. Points
+    are drawn times cos t, so that all laws are of one size."""
+    angles = torch.linspace(np.arctan(20.0), 0, len(path), dtype=path.dtype)
+    drawn = path * angles.cos()[:, None, None]
+    modes = torch.cdist(path[-1], law.means).argmin(1)
+    _, axes = plt.subplots(1, 3, figsize=(12.6, 4.4), layout="constrained", sharey=True)
+    for walker, mode in zip(drawn.transpose(0, 1), modes, strict=True):
+        color = plotting.PALETTE[int(mode)]
+        axes[0].plot(*walker.T, color=color, linewidth=1.1)
+        axes[2].plot(*walker[[0, -1]].T, color=color, linewidth=1.1)
+        for ax in (axes[0], axes[2]):
+            ax.plot(*walker[0], "o", markersize=5, markerfacecolor="white", color=color)
+            ax.plot(*walker[-1], "o", markersize=4, color=color)
+    plotting.scatter(one_call, axes[1], target=law, limit=4.2)
+    titles = ("the teacher's walk", "one call of the teacher", "the jump that we want")
+    for ax, title in zip(axes, titles, strict=True):
+        ax.set(xlim=(-4.2, 4.2), ylim=(-4.2, 4.2), aspect="equal", title=title, xlabel="$x_1$")
+        ax.label_outer()
+    axes[0].set_ylabel("$x_2$")
+    axes[1].set_ylabel("")
+    plt.show()
+
+
+def one_legend(axes):
+    """The legend of the first panel, for all of them, at the right of the figure."""
+    handles, names = axes[0].get_legend_handles_labels()
+    for ax in axes:
+        ax.get_legend().remove()
+    nicer = [nice(name) for name in names]
+    axes[0].figure.legend(handles, nicer, loc="outside right center", fontsize=10)
+
+
+def couplings(noise, partners, n=70):
+    """Lines between noise (rings) and its partners (dots), (m, 2), by kind of coupling."""
+    _, axes = plt.subplots(1, len(partners), figsize=(12.6, 4.4), layout="constrained", sharey=True)
+    for ax, (title, to) in zip(axes, partners.items(), strict=True):
+        for a, b in zip(noise[:n], to[:n], strict=True):
+            ax.plot([a[0], b[0]], [a[1], b[1]], color="0.55", linewidth=0.8)
+        ax.plot(*noise[:n].T, "o", markersize=5, markerfacecolor="white", color=plotting.TEACHER)
+        ax.plot(*to[:n].T, "o", markersize=4, color=plotting.STUDENT)
+        ax.set(aspect="equal", xlim=(-2.9, 2.9), ylim=(-2.9, 2.9), title=title, xlabel="$z_1$")
+    axes[0].set_ylabel("$z_2$")
+    plt.show()
+
+
+def jump_maps(distances, maps, levels):
+    """How far the exact flow map moves points, and the errors of learned ones, (from, to) by
+    levels in standard deviations of the data."""
+    figure, axes = plt.subplots(2, 4, figsize=(13, 6.4), layout="constrained")
+    names = [f"{level:.2g}" for level in levels]
+    tables = {"exact: how far it moves": distances}
+    tables |= {f"{name}: error": error for name, error in maps.items()}
+    looks = [{"cmap": "Greys", "norm": LogNorm(0.1, 20)}]
+    looks += [{"cmap": "viridis_r", "norm": LogNorm(0.01, 1)}] * len(maps)
+    for ax, (title, table), look in zip(axes.flat, tables.items(), looks, strict=False):
+        ax.imshow(np.clip(table, look["norm"].vmin, look["norm"].vmax), **look)
+        ax.grid(False)
+        ax.set(title=title, xticks=range(len(names)), yticks=range(len(names) - 1))
+        ax.set_xticklabels(names, fontsize=9, rotation=60)
+        ax.set_yticklabels(names[:-1], fontsize=9)
+        ax.set(xlabel="to", ylabel="from")
+    for ax in axes.flat[len(tables) :]:
+        ax.set_axis_off()
+    bars = ((0.62, axes[0, 0], "way / $\\sigma_d$"), (0.2, axes[0, 1], "error / $\\sigma_d$"))
+    for place, ax, label in bars:
+        inset = axes[1, 3].inset_axes((0.05, place, 0.9, 0.08))
+        figure.colorbar(ax.images[0], cax=inset, orientation="horizontal", label=label)
+    plt.show()

@@ -50,6 +50,7 @@ PREDICTIONS = {
         the noised teacher: the student's width is not in it. The slope in the width is negative for
         the narrow student, which is to become wider, zero for the right one and positive for the
         wide one, whatever the mean. At noise 3 all slopes are far smaller.""",
+    "11": """PREDICTION_11""",
     "15": """Higher precision, lower recall. Samples where the student alone has mass are pulled
         hardest, so that it gives up everything that the teacher finds doubtful, and rare ways of
         writing a digit with it. The stored runs say 0.93 and 0.79, against SIM's 0.87 and 0.88.
