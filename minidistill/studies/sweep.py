@@ -1,4 +1,4 @@
-"""The long experiments of notebooks 09 and 10, over several seeds: `minidistill sweep --out figures/sweep`.
+"""The long experiments of notebooks 09 to 11, over several seeds: `minidistill sweep --out figures/sweep`.
 
 A study is a set of trials, ways to distill that differ in one thing. How rows are kept is in `rows.py`; a sweep that
 was stopped goes on where it was. The notebooks draw what is there.
@@ -25,8 +25,13 @@ from minidistill.distillation import (
     DMD2,
     OBJECTIVES,
     Batch,
+    Consistency,
+    ConsistencyTrajectory,
+    ContinuousConsistency,
     Distilled,
     DistributionMatching,
+    EasyConsistency,
+    MeanFlow,
     Needs,
     Objective,
     ScoreIdentity,
@@ -37,15 +42,17 @@ from minidistill.distillation import (
 from minidistill.distributions import GaussianMixture, grid, ring
 from minidistill.metrics import evaluation
 from minidistill.networks import MLP, Denoiser, Discriminator, Generator
+from minidistill.networks.jumps import TOP
 from minidistill.studies import rows
+from minidistill.studies.trajectories import quality
 from minidistill.teachers import train_denoiser
 from minidistill.teachers.closed_form import EmpiricalTeacher
 
 __all__ = [
-    "BARE_L2", "FROM_SIM", "KEPT", "N", "RADIUS", "STEPS", "STUDIES", "TARGETS", "UNMEASURED", "Learned",
-    "RatioQuality", "Trial", "collapsed", "command", "critic_gap", "displaced", "every_objective", "from_the_teacher",
-    "learn", "learn_ratio", "measure", "narrow", "no_fake", "options", "ratio_quality", "read", "run", "student",
-    "sweep", "without",
+    "BARE_L2", "FROM_SIM", "KEPT", "N", "RADIUS", "STEPS", "STUDIES", "TARGETS", "UNMEASURED", "WAY_STEPS", "Learned",
+    "RatioQuality", "Trial", "collapsed", "command", "critic_gap", "displaced", "distills_own", "every_objective",
+    "from_the_teacher", "learn", "learn_ratio", "measure", "narrow", "no_fake", "options", "ratio_quality", "read",
+    "run", "student", "sweep", "trajectories", "without",
 ]
 
 #: Equal Gaussians on a ring; the same, the first four times as heavy; 25 on a lattice, the heaviest of which weigh four
@@ -72,6 +79,10 @@ def student(target: GaussianMixture, seed: int, *, hidden: int = 128, depth: int
 def narrow(target: GaussianMixture, seed: int) -> Generator:
     """A student with 16 units a layer for 128."""
     return student(target, seed, hidden=16)
+
+
+def distills_own(target: GaussianMixture, seed: int) -> None:
+    """None: `distill` makes the student that its objective wants."""
 
 
 def displaced(target: GaussianMixture, seed: int) -> Generator:
@@ -103,8 +114,9 @@ class Trial:
     truth: str = ""  # what the student is measured against, and where real samples come from; "": the teacher's
     steps: int = STEPS
     sim: int = 0  # so many of the steps are SIM's, first
-    start: Callable[[GaussianMixture, int], Generator] | None = student  # None: a copy of the learned teacher
+    start: Callable[[GaussianMixture, int], Generator | None] | None = student  # None: a copy of the learned teacher
     learned: int = 0  # steps that a denoiser is trained for, on samples of the teacher, to take its place
+    rounds: int = 1  # distillations one after the other, each one's student the next one's teacher
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -141,6 +153,21 @@ def from_the_teacher(teacher: str) -> dict[str, Trial]:
             for name, rule in (rules | {"sida": "sida", "uni_instruct": "uni_instruct"}).items()}
 
 
+def trajectories(teacher: str) -> dict[str, Trial]:
+    """Those that learn a way down. The levels of the consistency family begin at 20 standard deviations of the data for
+    all, rather than at EDM's 160: 20 are high enough, and the climb is shorter."""
+    grid: dict[str, Any] = {"lognormal": False, "huber": None, "sigma_init": TOP}
+    rules: dict[str, str | Objective] = {
+        "consistency_distillation": Consistency(18, 18, teacher_step=True, scattered=True, **grid),
+        "consistency_training": Consistency(2, 150, **grid),
+        "ict": Consistency(sigma_init=TOP),
+        "ect": EasyConsistency(sigma_init=TOP),
+        "ctm": ConsistencyTrajectory(landing=1.0),
+    }
+    return {name: Trial(rules.get(name, name), teacher, steps=WAY_STEPS[name], start=distills_own)
+            for name in WAY_STEPS}
+
+
 def without(**off: Any) -> Trial:
     """Forward KL, its weight h = r the most in need of them, with stabilisers switched off."""
     return Trial(DistributionMatching(divergences.F["forward_kl"], **off))
@@ -148,11 +175,14 @@ def without(**off: Any) -> Trial:
 
 FROM_SIM: dict[str, Any] = {"sim": STEPS // 4, "options": {"learning_rate": 1e-3, "critic_steps": 5}}
 BARE_L2 = ScoreImplicitMatching(divergences.squared_l2(), normalise=True)
+#: Of trajectory objectives, by name: cheap ones get more, for all to take about as long.
+WAY_STEPS = {
+    "consistency_distillation": 3000, "consistency_training": 3000, "ict": 3000, "ect": 3000, "scm": 2000, "ctm": 1500,
+    "mean_flow": 1500, "improved_mean_flow": 1500, "alpha_flow": 1500, "flow_map": 1500, "progressive": 2500,
+    "reflow": 4000,
+}
 #: Objectives by name that have no stored run on ring and lattice yet.
-UNMEASURED = (
-    "consistency_distillation", "consistency_training", "ict", "ect", "scm", "ctm", "mean_flow", "improved_mean_flow",
-    "alpha_flow", "flow_map", "progressive", "reflow",
-)
+UNMEASURED: tuple[str, ...] = ()
 #: Below "lattice", trials to be compared with those of "ring", which are not repeated.
 STUDIES: dict[str, dict[str, Trial]] = {
     "ring": every_objective("ring"),
@@ -192,6 +222,24 @@ STUDIES: dict[str, dict[str, Trial]] = {
     "from the teacher, ring": from_the_teacher("ring"), "from the teacher, lattice": from_the_teacher("lattice"),
     "learned teacher": {name: Trial(name, learned=3000) for name in ("reverse_kl", "jensen_shannon", "sim")},
     "capacity": {"16 units": Trial("reverse_kl", start=narrow)},
+    "trajectories": trajectories("ring"), "trajectories, lattice": trajectories("lattice"),
+    # iCT's lower answer from the student itself, as there, or from an average with the rate 0.99 a step, as before it.
+    "ict, average": {"0.99": Trial(Consistency(sigma_init=TOP, needs_target=17_700.0), start=distills_own, steps=3000)},
+    # ECT by the stage it ends with, from a learned teacher's weights, and from a new student.
+    "ect": {
+        **{f"{k}": Trial(EasyConsistency(stages=k, sigma_init=TOP), start=None, learned=3000) for k in (1, 2, 4, 8)},
+        "new student": Trial(EasyConsistency(sigma_init=TOP), start=distills_own, learned=3000),
+    },
+    "scm stability": {
+        "both": Trial("scm", start=distills_own),
+        "no normalisation": Trial(ContinuousConsistency(normalise=None), start=distills_own),
+        "no rise": Trial(ContinuousConsistency(rise=0.0), start=distills_own),
+        "neither": Trial(ContinuousConsistency(normalise=None, rise=0.0), start=distills_own),
+    },
+    # The share of the batch on which mean flow is flow matching; 1 is nothing but that.
+    "mean flow, diagonal": {f"{share:g}": Trial(MeanFlow(diagonal=share), start=distills_own)
+                            for share in (0.0, 0.25, 0.5, 0.75, 1.0)},
+    "reflow rounds": {f"{k}": Trial("reflow", start=distills_own, rounds=k) for k in (1, 2)},
     "calls": {"2": Trial("reverse_kl", options={"student_levels": (0.4,)}),
               "4": Trial("reverse_kl", options={"student_levels": (0.5, 0.3, 0.15)})},
 }
@@ -229,8 +277,7 @@ def run(study: str, name: str, seed: int, at_most: int | None = None) -> dict[st
     elif trial.learned:
         data = exact.sample(20_000, torch.Generator().manual_seed(seed))
         teacher = train_denoiser(data, steps=trial.learned, seed=seed, progress=False)
-    generator = Generator(copy.deepcopy(teacher), 1.5 * teacher.sigma_data) if trial.start is None else trial.start(
-        exact, seed)
+    generator = _first(trial, teacher, seed)
     start = time.process_time()
     options: dict[str, Any] = {"seed": seed, "progress": False}
     if trial.truth or trial.learned:
@@ -239,13 +286,25 @@ def run(study: str, name: str, seed: int, at_most: int | None = None) -> dict[st
         distill(teacher, generator, "sim", steps=trial.sim, **options)
     steps = max(1, trial.steps - trial.sim)
     made = distill(teacher, generator, trial.objective, steps=steps, **(options | trial.options))
+    for _ in range(1, trial.rounds):
+        made = distill(made.ema.denoiser, None, trial.objective, steps=steps, **(options | trial.options))
     seconds = time.process_time() - start  # of one thread, whatever else runs beside it
     return {"study": study, "name": name, "seed": seed, "steps": trial.steps, "n": N, "seconds": round(seconds, 1),
             **more, **measure(made, truth, seed)}
 
 
+def _first(trial: Trial, teacher: Any, seed: int) -> Generator | None:
+    """The student before training; None for the one that `distill` makes."""
+    if trial.start is not None:
+        return trial.start(TARGETS[trial.teacher], seed)
+    rule = OBJECTIVES[trial.objective] if isinstance(trial.objective, str) else trial.objective
+    level = Needs.of(rule).sigma_init or 1.5
+    return Generator(copy.deepcopy(teacher), level * teacher.sigma_data)
+
+
 def measure(made: Distilled, truth: GaussianMixture, seed: int) -> dict[str, Any]:
-    """Both KLs, the modes, sliced W2 over its floor, how far the critic is from the student's own denoiser."""
+    """Both KLs, the modes, sliced W2 over its floor, how far the critic is from the student's own denoiser; of one that
+    knows a way down also what `quality` measures."""
     samples = made.sample(N, seed=1000 + seed)
     kl, coverage = metrics.kl_both_ways(truth, samples), metrics.mode_coverage(truth, samples)
     return {
@@ -253,6 +312,7 @@ def measure(made: Distilled, truth: GaussianMixture, seed: int) -> dict[str, Any
         "worst": coverage.worst, "high_quality": coverage.high_quality,
         "off_weights": float((coverage.shares - truth.weights).abs().sum() / 2),  # total variation
         "over_floor": metrics.over_floor(truth, samples, seed),
+        **({} if made.ema.route == "call" else quality(made, truth, seed, len(samples))),
         "critic_gap": None if made.fake is None else critic_gap(made, truth.sigma_data, N // 10),
         "samples": samples[:KEPT].clamp(-1e4, 1e4).numpy(),  # a lost student's are beyond what float16 holds
     }

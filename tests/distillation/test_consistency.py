@@ -11,6 +11,7 @@ from minidistill.distillation import Batch, Needs, distill
 from minidistill.distillation.objectives.consistency import (
     Consistency,
     EasyConsistency,
+    Grid,
     doubling,
     log_normal_weights,
     one_step_down,
@@ -43,6 +44,20 @@ def batch(rule, n=64, progress=0.0, student=flow, **more):
                  student=student, progress=progress, **more)
 
 
+def levels(rule):
+    """Of the first grid, ascending, in data units."""
+    grid = rule.grid(0.0)
+    return STD * grid.level(torch.arange(grid.steps + 1, dtype=torch.float64))
+
+
+def test_positions_on_the_grid_are_karras_levels():
+    """And `position` takes a level back to where it stands."""
+    torch.testing.assert_close(
+        levels(Consistency(first=12)).flip(0), karras_sigmas(13, 0.004 * STD, 160 * STD, dtype=torch.float64)[:-1])
+    grid = Grid(1280, 160.0)
+    torch.testing.assert_close(grid.position(grid.level(torch.arange(1281.0))), torch.arange(1281.0), atol=0.01, rtol=0)
+
+
 def test_steps_double_at_even_times_up_to_the_last():
     """Song & Dhariwal 2024, equation 8, with s0 = 10 and s1 = 1280: eight numbers, each for an eighth of the run."""
     seen = [doubling(k / 800, 10, 1280) for k in range(800)]
@@ -71,7 +86,7 @@ def test_levels_are_drawn_by_the_log_normal_mass_of_their_step():
 def test_the_loss_by_hand_with_pseudo_huber_and_the_steps_length():
     rule = Consistency(first=5, last=5)
     b = batch(rule, student=lambda x, sigma, label=None: 0.3 * x + torch.as_tensor(sigma).reshape(-1, 1) ** 0.5)
-    grid = rule.levels(STD, 0.0, b.sigma)
+    grid = levels(rule)
     for k, loss in enumerate(rule.generator_loss(b)):
         i = int((grid - b.sigma[k]).abs().argmin())
         upper, lower = grid[i], grid[i - 1]
@@ -87,7 +102,7 @@ def test_at_the_lowest_level_the_answer_is_the_point_itself():
     """Whatever the student says there: f(x, sigma_min) = x."""
     rule = Consistency(first=4, last=4, lognormal=False, huber=None)
     b = batch(rule)
-    grid = rule.levels(STD, 0.0, b.sigma)
+    grid = levels(rule)
     b.sigma = grid[1].expand(64)
     loss = rule.generator_loss(b)
     gap = flow(b.real + grid[1] * b.noise, grid[1]) - (b.real + grid[0] * b.noise)
@@ -120,10 +135,29 @@ def test_distillation_is_content_with_the_flow_map_as_its_steps_double():
     assert float(rule.generator_loss(bent).mean()) > 10 * losses[-1]
 
 
+def test_a_scattered_grid_meets_all_levels():
+    """Four of five upper levels lie between the grid's; the exact map is left alone all the same, up to the teacher's
+    step, and where a step would end below the lowest level it ends there, with the point itself for its answer."""
+    rule = Consistency(first=40, last=40, teacher_step=True, lognormal=False, huber=None, scattered=True)
+    b = batch(rule, n=2000)
+    position = rule.grid(0.0).position(b.sigma / STD)
+    off = (position - position.round()).abs() > 1e-3
+    assert 0.75 < off.double().mean() < 0.85
+    assert position.max() == pytest.approx(40, abs=1e-3)
+    fixed = Consistency(first=40, last=40, teacher_step=True, lognormal=False, huber=None)
+    b.sigma = b.sigma.clamp(min=float(levels(rule)[1]))  # the lowest step is of no length with exact answers
+    assert rule.generator_loss(b).mean() < 1.5 * fixed.generator_loss(batch(fixed, n=2000)).mean()
+    b.sigma = STD * rule.grid(0.0).level(torch.full((2000,), 0.3, dtype=torch.float64))
+    b.student = lambda x, sigma, label=None: 0 * x
+    x = b.real + b.sigma[:, None] * b.noise
+    wanted = one_step_down(denoiser, x, b.sigma[:, None], torch.full((2000, 1), 0.004 * STD, dtype=torch.float64), None)
+    torch.testing.assert_close(rule.generator_loss(b), wanted.square().sum(1) / STD**2)
+
+
 def test_an_average_gives_the_lower_answer_where_there_is_one():
     rule = Consistency(first=4, last=4, lognormal=False, huber=None)
     plain, with_target = batch(rule), batch(rule, target=lambda x, sigma, label=None: 0 * x)
-    grid = rule.levels(STD, 0.0, plain.sigma)
+    grid = levels(rule)
     inner = plain.sigma > 1.01 * grid[1]
     a, b = rule.generator_loss(plain), rule.generator_loss(with_target)
     torch.testing.assert_close(a[~inner], b[~inner])  # next to the lowest level it is not asked

@@ -31,7 +31,9 @@ def test_every_trial_runs(study, name, monkeypatch):
 def test_every_objective_is_tried_on_both_targets():
     assert set(sweep.STUDIES["ring"]) == set(sweep.STUDIES["lattice"])
     assert set(sweep.STUDIES["no fake"]) == set(sweep.STUDIES["no fake, lattice"])
-    assert {*sweep.STUDIES["ring"], *sweep.STUDIES["no fake"]} == set(OBJECTIVES) - set(sweep.UNMEASURED)
+    assert set(sweep.STUDIES["trajectories"]) == set(sweep.STUDIES["trajectories, lattice"])
+    tried = {*sweep.STUDIES["ring"], *sweep.STUDIES["no fake"], *sweep.STUDIES["trajectories"]}
+    assert tried == set(OBJECTIVES) - set(sweep.UNMEASURED)
     for trials in sweep.STUDIES.values():
         for trial in trials.values():
             rule = OBJECTIVES[trial.objective] if isinstance(trial.objective, str) else trial.objective

@@ -60,7 +60,7 @@ OBJECTIVES: dict[str, Objective] = {
     "regression": Regression(),
     "drifting": Drifting(),
     "uni_instruct": UniInstruct(divergences.F["jensen_shannon"]),
-    "consistency_distillation": Consistency(first=18, last=18, lognormal=False, huber=None, teacher_step=True),
+    "consistency_distillation": Consistency(18, 18, lognormal=False, huber=None, teacher_step=True, scattered=True),
     "consistency_training": Consistency(first=2, last=150, lognormal=False, huber=None),
     "ict": Consistency(),
     "ect": EasyConsistency(),

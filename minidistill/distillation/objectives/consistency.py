@@ -17,10 +17,11 @@ from minidistill.distillation.batch import Batch, column, per_sample
 from minidistill.distillation.objective import Terms
 from minidistill.distillation.settings import Settings
 from minidistill.networks.jumps import HIGHEST, LOWEST
-from minidistill.samplers import karras_sigmas
 from minidistill.samplers.ode import heun_step
 
-__all__ = ["Consistency", "EasyConsistency", "doubling", "log_normal_weights", "one_step_down"]
+__all__ = [
+    "Consistency", "EasyConsistency", "Grid", "doubling", "log_normal_weights", "one_step_down", "part_of_a_step",
+]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class Consistency(Terms):
         length; else all levels alike.
     huber: c of the pseudo-Huber distance for one dimension, in standard deviations of the data; None for |.|^2.
     teacher_step: x' by the teacher.
+    scattered: four samples of five have a grid of their own, moved down by a part of a step, so that all levels are met
+        and the student may be called again at any. False for the papers' fixed grid.
+    weight: an error counts (1 + (sigma_data / sigma)^2)^weight times. At 0 errors of samples count alike, at 1 errors of
+        the preconditioned network, which move samples at low levels less.
     sigma_init: the grid's highest level, in standard deviations of the data: EDM's.
     needs_target: the lower answer from an average of the student, its half-life in samples; 0 for the student itself.
     """
@@ -44,43 +49,49 @@ class Consistency(Terms):
     lognormal: bool = True
     huber: float | None = 0.00108
     teacher_step: bool = False
+    scattered: bool = False
+    weight: float = 0.0
     needs_target: float = 0.0
     needs_real = True
     needs_samples = False
     sigma_init: float = HIGHEST
     route = "end"
 
-    def levels(self, sigma_data: float, progress: float, like: Tensor) -> Tensor:
-        """The grid in force, ascending, (N + 1,)."""
-        steps = doubling(progress, self.first, self.last)
-        return karras_sigmas(steps + 1, LOWEST, self.sigma_init)[:-1].flip(0).to(like) * sigma_data
+    def grid(self, progress: float) -> Grid:
+        """The grid in force."""
+        return Grid(doubling(progress, self.first, self.last), self.sigma_init)
 
     def noise_levels(self, n: int, settings: Settings, progress: float, generator: torch.Generator) -> Tensor:
         """The upper level of each sample's step, (n,)."""
-        grid = self.levels(settings.sigma_data, progress, torch.zeros((), device=generator.device))
-        weights = torch.ones_like(grid[1:])
+        grid, device = self.grid(progress), generator.device
+        weights = torch.ones(grid.steps, device=device)
         if self.lognormal:
-            weights = log_normal_weights(grid / settings.sigma_data)
-        return grid[1 + torch.multinomial(weights, n, replacement=True, generator=generator)]
+            weights = log_normal_weights(grid.level(torch.arange(grid.steps + 1, device=device)))
+        position = 1.0 + torch.multinomial(weights, n, replacement=True, generator=generator)
+        return settings.sigma_data * grid.level(position - part_of_a_step(n, generator) if self.scattered else position)
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         assert batch.real is not None
         assert batch.student is not None
-        grid = self.levels(batch.sigma_data, batch.progress, batch.sigma)
-        i = (grid[:, None] - batch.sigma).abs().argmin(0) - 1  # the lower level's number, (n,)
-        upper, lower = (column(s, batch.real) for s in (batch.sigma, grid[i]))
+        grid = self.grid(batch.progress)
+        position = grid.position(batch.sigma / batch.sigma_data)
+        below = (position if self.scattered else position.round()) - 1
+        sigma = batch.sigma_data * grid.level(below.clamp(min=0))
+        upper, lower = (column(s, batch.real) for s in (batch.sigma, sigma))
         x = batch.real + upper * batch.noise
         label = batch.real_label
         with torch.no_grad():
-            below = one_step_down(batch.teacher, x, upper, lower, label) if self.teacher_step else (
+            point = one_step_down(batch.teacher, x, upper, lower, label) if self.teacher_step else (
                 batch.real + lower * batch.noise)
-            answer = (batch.target or batch.student)(below, grid[i], label)
-            answer = torch.where(column(i, x) == 0, below, answer)  # f(x, sigma_min) = x
+            answer = (batch.target or batch.student)(point, sigma, label)
+            answer = torch.where(column(below, x) < 1e-3, point, answer)  # f(x, sigma_min) = x
         gap = per_sample((batch.student(x, batch.sigma, label) - answer).square()) / batch.sigma_data**2
         if self.huber is not None:
             c = self.huber * math.sqrt(x[0].numel())
             gap = (gap + c**2).sqrt() - c
-        return {"consistency": gap * batch.sigma_data / (upper - lower).flatten() if self.lognormal else gap}
+        if self.lognormal:
+            gap = gap * batch.sigma_data / (upper - lower).flatten()
+        return {"consistency": gap * (1 + (batch.sigma_data / batch.sigma).square()) ** self.weight}
 
 
 @dataclass(frozen=True)
@@ -124,6 +135,30 @@ class EasyConsistency(Terms):
 
 
 # ------------------------------------------------- levels
+
+@dataclass(frozen=True)
+class Grid:
+    """Karras's levels from `LOWEST` to `top` by their number, 0 to `steps`, in standard deviations of the data; between
+    two numbers lie levels too (Karras 2022, equation 5, with rho = 7)."""
+
+    steps: int
+    top: float
+
+    def level(self, position: Tensor) -> Tensor:
+        low, high = LOWEST ** (1 / 7), self.top ** (1 / 7)
+        return (low + position / self.steps * (high - low)) ** 7
+
+    def position(self, level: Tensor) -> Tensor:
+        """`level`'s inverse."""
+        low, high = LOWEST ** (1 / 7), self.top ** (1 / 7)
+        return (level ** (1 / 7) - low) / (high - low) * self.steps
+
+
+def part_of_a_step(n: int, generator: torch.Generator) -> Tensor:
+    """By how much each sample's grid is moved down, (n,): a fifth not at all, so that the top, where sampling begins,
+    is met; the others uniformly from 0 to 1."""
+    return (1.25 * torch.rand(n, generator=generator, device=generator.device) - 0.25).clamp(min=0)
+
 
 def doubling(progress: float, first: int, last: int) -> int:
     """Steps of the grid once `progress` (0 to 1) of the run is over: they double from `first` to at most `last`, each

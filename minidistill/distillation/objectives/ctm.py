@@ -16,11 +16,10 @@ from torch import Tensor
 from minidistill.distillation.batch import Batch, column, no_weights, per_sample
 from minidistill.distillation.objective import Terms
 from minidistill.distillation.objectives.adversarial import adversarial
-from minidistill.distillation.objectives.consistency import one_step_down
+from minidistill.distillation.objectives.consistency import Grid, one_step_down, part_of_a_step
 from minidistill.distillation.objectives.matching import ratio_loss
 from minidistill.distillation.settings import Settings
 from minidistill.networks.jumps import LOWEST, TOP
-from minidistill.samplers import karras_sigmas
 
 __all__ = ["ConsistencyTrajectory"]
 
@@ -30,7 +29,9 @@ class ConsistencyTrajectory(Terms):
     """|G(J(x_t, t, s), s) - G(sg J(solver(x_t, t, u), u, s), s)|^2 / sigma_data^2, G a jump to the end by the student's
     average, and the denoising loss on the diagonal, from which the score is read off (Kim 2024, equations 8 to 10).
 
-    levels: of the grid on which t > u >= s lie.
+    levels: of the grid on which t > u >= s lie (Karras 2022), from `sigma_init` down to `LOWEST`.
+    scattered: four samples of five have a grid of their own, moved by a part of a step, and s anywhere on it: all
+        levels are met, so that one may jump from any to any. False for the grid's own alone, as in the paper.
     longest: Heun steps of the teacher from t to u at most; their number is drawn, uniformly.
     landing: weight of the same difference where the jumps land, at s; 0 in the paper, whose jumps are only as good as
         their ends need.
@@ -42,6 +43,7 @@ class ConsistencyTrajectory(Terms):
     """
 
     levels: int = 18
+    scattered: bool = True
     longest: int = 17
     landing: float = 0.0
     denoising: float = 1.0
@@ -63,14 +65,17 @@ class ConsistencyTrajectory(Terms):
     def needs_samples(self) -> bool:
         return self.needs_ratio
 
-    def grid(self, sigma_data: float, like: Tensor) -> Tensor:
-        """The levels, ascending, (levels,)."""
-        return karras_sigmas(self.levels, LOWEST, self.sigma_init)[:-1].flip(0).to(like) * sigma_data
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.levels - 1, self.sigma_init)
 
     def noise_levels(self, n: int, settings: Settings, progress: float, generator: torch.Generator) -> Tensor:
-        """t of each sample, any level of the grid but the lowest, (n,)."""
-        grid = self.grid(settings.sigma_data, torch.zeros((), device=generator.device))
-        return grid[torch.randint(1, self.levels, (n,), generator=generator, device=generator.device)]
+        """t of each sample, any level of its grid but the lowest, (n,)."""
+        device = generator.device
+        position = torch.randint(1, self.levels, (n,), generator=generator, device=device).float()
+        if self.scattered:
+            position = position - part_of_a_step(n, generator)
+        return settings.sigma_data * self.grid.level(position)
 
     def critic_loss(self, batch: Batch) -> Tensor:
         return ratio_loss(batch)
@@ -105,18 +110,25 @@ class ConsistencyTrajectory(Terms):
     def solve(self, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(the point at u on the path through x, s, u): Heun steps on the grid, each sample as many as were drawn."""
         assert batch.uniform is not None
-        grid = self.grid(batch.sigma_data, batch.sigma)
-        top = (grid[:, None] - batch.sigma).abs().argmin(0)  # t's number in the grid, (n,)
-        steps = 1 + (batch.uniform * top.clamp(max=self.longest)).long()
-        rest = (batch.uniform * top.clamp(max=self.longest)) % 1  # uniform too, and as good as independent
-        bottom = top - steps
+        top = self.grid.position(batch.sigma / batch.sigma_data)
+        farthest = (top - 1e-2).ceil().clamp(1, self.longest)  # steps down to the lowest level, rounding aside
+        steps = 1 + (batch.uniform * farthest).floor()
+        rest = (batch.uniform * farthest) % 1  # uniform too, and as good as independent
         point = x.clone()
         for k in range(int(steps.max())):
             going = steps > k
-            i, label = (top - k)[going], None if batch.real_label is None else batch.real_label[going]
-            upper, lower = (column(s, x) for s in (grid[i], grid[i - 1]))
+            label = None if batch.real_label is None else batch.real_label[going]
+            upper, lower = (column(self.down(top, k + i, batch)[going], x) for i in (0, 1))
             point[going] = one_step_down(batch.teacher, point[going], upper, lower, label)
-        return point, grid[(rest * (bottom + 1)).long()], grid[bottom]
+        u = self.down(top, steps, batch)
+        bottom = (top - steps).clamp(min=0)
+        s = rest * (bottom + 1)
+        s = (s - 0.5).clamp(min=0) if self.scattered else s.floor()
+        return point, batch.sigma_data * self.grid.level(s.minimum(bottom)), u
+
+    def down(self, top: Tensor, steps: Tensor | int, batch: Batch) -> Tensor:
+        """The level that lies so many steps below a position, in data units."""
+        return batch.sigma_data * self.grid.level((top - steps).clamp(min=0))
 
 
 def to_end(student: Callable[..., Tensor], x: Tensor, s: Tensor, lowest: float, label: Tensor | None) -> Tensor:
