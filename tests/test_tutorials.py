@@ -186,6 +186,12 @@ def test_large_pictures_are_stored_with_fewer_colours(monkeypatch):
     small = execute.smaller(large)
     assert len(small) < len(large) / 2
     assert Image.open(io.BytesIO(base64.b64decode(small))).size == (300, 200)
+    photograph = png(noise[:50])  # 45 kB: not large, and off by more than is seen
+    assert execute.smaller(photograph) == photograph
+    drawing = png(np.repeat(np.repeat(noise[:12, :12] // 128 * 255, 24, 0), 24, 1))  # eight colours
+    monkeypatch.setattr(execute, "SMALL", 500)
+    small = execute.smaller(drawing)
+    assert len(small) < len(drawing)
 
 
 # ------------------------------------------------- pages beside the notebooks

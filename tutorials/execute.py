@@ -1,8 +1,8 @@
 """Execute notebooks in place, reproducibly: `python tutorials/execute.py [names]`, by default all.
 
 The environment is fixed (cpu scale, one thread), and what changes from run to run (stderr, progress
-bars, widget state, timestamps) is stripped; large pictures are stored with 256 colours. Then
-figures/claims.md is written again (`claims.py`).
+bars, widget state, timestamps) is stripped; drawings and large pictures are stored with 256
+colours. Then figures/claims.md is written again (`claims.py`).
 """
 
 import argparse
@@ -24,18 +24,24 @@ FIXED = {
 }
 
 
-LARGE = 100_000  # bytes
+SMALL, LARGE = 30_000, 100_000  # bytes
+SEEN = 0.5  # of 255: the mean difference up to which nobody misses the other colours
 
 
 def smaller(png):
-    """A large picture (base64) with 256 colours, which drawings are not seen to miss."""
-    from PIL import Image
+    """A picture (base64) with 256 colours, if it is large, or a drawing of some size that does not
+    miss the others."""
+    from PIL import Image, ImageChops, ImageStat
 
-    if len(png) < LARGE * 4 / 3:
+    if len(png) < SMALL * 4 / 3:
         return png
     picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    fewer = picture.quantize(256, dither=Image.Dither.NONE)
+    off = max(ImageStat.Stat(ImageChops.difference(picture, fewer.convert("RGB"))).mean)
+    if len(png) < LARGE * 4 / 3 and off > SEEN:
+        return png
     stored = io.BytesIO()
-    picture.quantize(256, dither=Image.Dither.NONE).save(stored, "PNG", optimize=True)
+    fewer.save(stored, "PNG", optimize=True)
     return base64.b64encode(stored.getvalue()).decode() + "\n"
 
 

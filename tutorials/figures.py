@@ -564,7 +564,7 @@ def one_legend(axes):
     axes[0].figure.legend(handles, nicer, loc="outside right center", fontsize=10)
 
 
-def couplings(noise, partners, n=70):
+def couplings(noise, partners, n=60):
     """Lines between noise (rings) and its partners (dots), (m, 2), by kind of coupling."""
     _, axes = plt.subplots(1, len(partners), figsize=(12.6, 4.4), layout="constrained", sharey=True)
     for ax, (title, to) in zip(axes, partners.items(), strict=True):

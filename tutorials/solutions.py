@@ -50,7 +50,10 @@ PREDICTIONS = {
         the noised teacher: the student's width is not in it. The slope in the width is negative for
         the narrow student, which is to become wider, zero for the right one and positive for the
         wide one, whatever the mean. At noise 3 all slopes are far smaller.""",
-    "11": """PREDICTION_11""",
+    "11": """10 is the best: 4.6 floors after 300 steps, against 45 with 4 and 9.7 with 100. With 4
+        the target itself is wrong: the first step is so long that Heun's method lands far from the
+        path. With 100 the target is right, but what is known at the bottom has hardly reached the
+        top. After 1,500 steps 10 is at 1.9 floors, 100 at 4.1, and 4 still at 9.6.""",
     "15": """Higher precision, lower recall. Samples where the student alone has mass are pulled
         hardest, so that it gives up everything that the teacher finds doubtful, and rare ways of
         writing a digit with it. The stored runs say 0.93 and 0.79, against SIM's 0.87 and 0.88.
