@@ -1,7 +1,8 @@
 """Every objective on real 8x8 digits, from one teacher: `minidistill digits --out figures/digits`.
 
 Each student starts as a copy of the same trained teacher and gets the same steps, batches, rates and noise levels;
-nothing is tuned for any. Critic steps are the objective's own where it asks for some, else two. Fréchet distance,
+nothing is tuned for any. Critic steps are the objective's own where it asks for some, else two. Those that learn a way
+down are tried again for longer, from a teacher whose noise embedding they can differentiate. Fréchet distance,
 precision and recall are measured as everywhere (`metrics.evaluation`), and stored as those of `sweep.py` are.
 """
 
@@ -20,18 +21,31 @@ from torch import Tensor
 
 from minidistill import _validate, data
 from minidistill._random import seeded
-from minidistill.distillation import OBJECTIVES, Batch, Needs, Objective, Terms, diagnose, distill, draw
+from minidistill.distillation import (
+    OBJECTIVES,
+    Batch,
+    Consistency,
+    ConsistencyTrajectory,
+    EasyConsistency,
+    Needs,
+    Objective,
+    Terms,
+    diagnose,
+    distill,
+    draw,
+)
 from minidistill.distillation.batch import dmd_scale, per_sample
 from minidistill.distillation.objectives import fake_loss
 from minidistill.metrics import evaluation, features, frechet_distance
 from minidistill.networks import MLP, Denoiser, Generator
+from minidistill.networks.jumps import TOP
 from minidistill.studies import rows
 from minidistill.teachers import train_denoiser
 from minidistill.training import checkpoints
 
 __all__ = [
-    "N", "STEPS", "STUDIES", "TEACHER_STEPS", "PartlyFrozen", "command", "digits", "options", "read", "run", "settings",
-    "teacher_of",
+    "CALLS", "LONGER", "N", "SMOOTH", "STEPS", "STUDIES", "TEACHER_STEPS", "TRAJECTORIES", "PartlyFrozen", "command",
+    "digits", "options", "read", "run", "settings", "teacher_of",
 ]
 
 TEACHER_STEPS, STEPS = 2500, 1000
@@ -55,20 +69,38 @@ class PartlyFrozen(Terms):
         return {"implicit": -2 * per_sample(scale * y * (fake_x0 - batch.x0)) / batch.sigma_data**2}
 
 
+#: What learns a way down, from a level no higher than it has to be, for so many times the steps.
+TRAJECTORIES: dict[str, str | Objective] = {
+    "consistency_distillation": Consistency(18, 18, lognormal=False, huber=None, teacher_step=True, scattered=True,
+                                            weight=0.25, sigma_init=TOP),
+    "ect": EasyConsistency(sigma_init=TOP),
+    "scm": "scm",
+    "ctm": ConsistencyTrajectory(longest=3, landing=1.0),
+    "ctm, adversarial": ConsistencyTrajectory(longest=3, landing=1.0, adversarial_weight=1.0),
+    "mean_flow": "mean_flow",
+    "flow_map": "flow_map",
+    "reflow": "reflow",
+}
+LONGER = 3
+#: Of the students that know a way down, and octaves of their teacher's noise embedding in place of its eight: the
+#: derivative in the noise level that they learn from grows with the highest of them.
+CALLS, SMOOTH = (1, 2, 4, 8), 4
 #: "start" is what every student is before its first step, one call of the teacher.
 STUDIES: dict[str, dict[str, str | Objective | None]] = {
     "objectives": {"start": None, **{name: name for name in OBJECTIVES}},
     "frozen": {f"only {part} frozen": PartlyFrozen(part) for part in ("y", "D_q")},
+    "trajectories": TRAJECTORIES,
 }
 
 
-def teacher_of(folder: str | Path, steps: int = TEACHER_STEPS) -> Denoiser:
-    """The teacher of the digits in a folder, by class; trained if it is not there yet (half a minute), and kept."""
-    file = _validate.path("folder", folder) / "teacher.safetensors"
+def teacher_of(folder: str | Path, steps: int = TEACHER_STEPS, smooth: bool = False) -> Denoiser:
+    """The teacher of the digits in a folder, by class; trained if it is not there yet (half a minute), and kept.
+    smooth: one with `SMOOTH` octaves, in a file of its own."""
+    file = _validate.path("folder", folder) / ("teacher_smooth.safetensors" if smooth else "teacher.safetensors")
     if not file.exists():
         images, labels = data.digits()
         with seeded(0):
-            network = MLP((1, 8, 8), hidden=256, depth=4, n_classes=10)
+            network = MLP((1, 8, 8), hidden=256, depth=4, n_classes=10, octaves=SMOOTH if smooth else 8)
         made = train_denoiser(images, network, labels=labels, steps=steps, seed=0, progress=False)
         checkpoints.save_model(file, made, half=True, data="digits", steps=steps, seed=0)
     teacher = checkpoints.load_model(file)[0]
@@ -97,7 +129,9 @@ def _judge() -> tuple[features.Extractor, Tensor]:
 
 def run(study: str, name: str, seed: int, folder: str, steps: int = STEPS) -> dict[str, Any]:
     """Distill the folder's teacher by one objective, and measure the student beside it, both on the same noise."""
-    teacher, rule, (images, _) = teacher_of(folder), STUDIES[study][name], data.digits()
+    way = study == "trajectories"
+    teacher, rule, (images, _) = teacher_of(folder, smooth=way), STUDIES[study][name], data.digits()
+    steps = LONGER * steps if way else steps
     (judge, reference), start = _judge(), time.process_time()
     row: dict[str, Any] = {"study": study, "name": name, "seed": seed, "steps": steps if rule else 0}
     if rule is None:
@@ -112,6 +146,10 @@ def run(study: str, name: str, seed: int, folder: str, steps: int = STEPS) -> di
         if made.fake is not None:
             row["score_gap"] = diagnose(student, teacher, made.fake, sigma_data=teacher.sigma_data).score_gap
     found = evaluation.compare(teacher, {name: student}, images, n=N, seed=1, features=judge, progress=False)
+    if way:
+        of_teacher = found.rows[0]["frechet"]
+        row["calls_ratio"] = [round(frechet_distance(judge(draw(student, N, seed=1, steps=calls)), reference)
+                                    / of_teacher, 4) for calls in CALLS]
     return row | found.rows[1] | {"seed": seed, "samples": found.samples[name][:KEPT].clamp(-1, 1).numpy()}
 
 
@@ -126,7 +164,8 @@ def digits(
     """All runs, with the seeds `first`, `first` + 1, ..., that `out` does not have yet."""
     out = _validate.path("out", out)
     checkpoints.writable(out / "results.json")
-    teacher_of(out, min(TEACHER_STEPS, 2 * steps))
+    for smooth in {study == "trajectories" for study in studies}:
+        teacher_of(out, min(TEACHER_STEPS, 2 * steps), smooth)
     one, names = partial(run, folder=str(out), steps=steps), {study: list(trials) for study, trials in STUDIES.items()}
     rows.collect(out, one, names, studies, range(first, first + seeds), workers)
 

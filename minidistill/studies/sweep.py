@@ -52,7 +52,7 @@ __all__ = [
     "BARE_L2", "FROM_SIM", "KEPT", "N", "RADIUS", "STEPS", "STUDIES", "TARGETS", "UNMEASURED", "WAY_STEPS", "Learned",
     "RatioQuality", "Trial", "collapsed", "command", "critic_gap", "displaced", "distills_own", "every_objective",
     "from_the_teacher", "learn", "learn_ratio", "measure", "narrow", "no_fake", "options", "ratio_quality", "read",
-    "run", "student", "sweep", "trajectories", "without",
+    "run", "sharp", "student", "sweep", "trajectories", "without",
 ]
 
 #: Equal Gaussians on a ring; the same, the first four times as heavy; 25 on a lattice, the heaviest of which weigh four
@@ -79,6 +79,14 @@ def student(target: GaussianMixture, seed: int, *, hidden: int = 128, depth: int
 def narrow(target: GaussianMixture, seed: int) -> Generator:
     """A student with 16 units a layer for 128."""
     return student(target, seed, hidden=16)
+
+
+def sharp(target: GaussianMixture, seed: int) -> Generator:
+    """As `student`, its noise embedding in four octaves: for consistency functions, which have to tear their input like
+    any generator, and whose derivative in the noise level counts."""
+    with seeded(seed):
+        network = MLP(target.shape, hidden=128, depth=6, activation="relu", gain=4.0, octaves=4)
+    return Generator(Denoiser(network, target.sigma_data), TOP * target.sigma_data)
 
 
 def distills_own(target: GaussianMixture, seed: int) -> None:
@@ -155,7 +163,8 @@ def from_the_teacher(teacher: str) -> dict[str, Trial]:
 
 def trajectories(teacher: str) -> dict[str, Trial]:
     """Those that learn a way down. The levels of the consistency family begin at 20 standard deviations of the data for
-    all, rather than at EDM's 160: 20 are high enough, and the climb is shorter."""
+    all, rather than at EDM's 160: 20 are high enough, and the climb is shorter. Students that know ends alone are
+    `sharp`; those told where to jump are `distill`'s own."""
     grid: dict[str, Any] = {"lognormal": False, "huber": None, "sigma_init": TOP}
     rules: dict[str, str | Objective] = {
         "consistency_distillation": Consistency(18, 18, teacher_step=True, scattered=True, **grid),
@@ -164,8 +173,9 @@ def trajectories(teacher: str) -> dict[str, Trial]:
         "ect": EasyConsistency(sigma_init=TOP),
         "ctm": ConsistencyTrajectory(landing=1.0),
     }
-    return {name: Trial(rules.get(name, name), teacher, steps=WAY_STEPS[name], start=distills_own)
-            for name in WAY_STEPS}
+    told = {name for name in WAY_STEPS if Needs.of(OBJECTIVES[name]).route == "jump"}
+    return {name: Trial(rules.get(name, name), teacher, steps=steps, start=distills_own if name in told else sharp)
+            for name, steps in WAY_STEPS.items()}
 
 
 def without(**off: Any) -> Trial:
@@ -179,7 +189,7 @@ BARE_L2 = ScoreImplicitMatching(divergences.squared_l2(), normalise=True)
 WAY_STEPS = {
     "consistency_distillation": 3000, "consistency_training": 3000, "ict": 3000, "ect": 3000, "scm": 2000, "ctm": 1500,
     "mean_flow": 1500, "improved_mean_flow": 1500, "alpha_flow": 1500, "flow_map": 1500, "progressive": 2500,
-    "reflow": 4000,
+    "reflow": 3000,
 }
 #: Objectives by name that have no stored run on ring and lattice yet.
 UNMEASURED: tuple[str, ...] = ()
@@ -224,22 +234,22 @@ STUDIES: dict[str, dict[str, Trial]] = {
     "capacity": {"16 units": Trial("reverse_kl", start=narrow)},
     "trajectories": trajectories("ring"), "trajectories, lattice": trajectories("lattice"),
     # iCT's lower answer from the student itself, as there, or from an average with the rate 0.99 a step, as before it.
-    "ict, average": {"0.99": Trial(Consistency(sigma_init=TOP, needs_target=17_700.0), start=distills_own, steps=3000)},
+    "ict, average": {"0.99": Trial(Consistency(sigma_init=TOP, needs_target=17_700.0), start=sharp, steps=3000)},
     # ECT by the stage it ends with, from a learned teacher's weights, and from a new student.
     "ect": {
         **{f"{k}": Trial(EasyConsistency(stages=k, sigma_init=TOP), start=None, learned=3000) for k in (1, 2, 4, 8)},
-        "new student": Trial(EasyConsistency(sigma_init=TOP), start=distills_own, learned=3000),
+        "new student": Trial(EasyConsistency(sigma_init=TOP), start=sharp, learned=3000),
     },
     "scm stability": {
-        "both": Trial("scm", start=distills_own),
-        "no normalisation": Trial(ContinuousConsistency(normalise=None), start=distills_own),
-        "no rise": Trial(ContinuousConsistency(rise=0.0), start=distills_own),
-        "neither": Trial(ContinuousConsistency(normalise=None, rise=0.0), start=distills_own),
+        "both": Trial("scm", start=sharp),
+        "no normalisation": Trial(ContinuousConsistency(normalise=None), start=sharp),
+        "no rise": Trial(ContinuousConsistency(rise=0.0), start=sharp),
+        "neither": Trial(ContinuousConsistency(normalise=None, rise=0.0), start=sharp),
     },
     # The share of the batch on which mean flow is flow matching; 1 is nothing but that.
     "mean flow, diagonal": {f"{share:g}": Trial(MeanFlow(diagonal=share), start=distills_own)
                             for share in (0.0, 0.25, 0.5, 0.75, 1.0)},
-    "reflow rounds": {f"{k}": Trial("reflow", start=distills_own, rounds=k) for k in (1, 2)},
+    "reflow rounds": {f"{k}": Trial("reflow", start=sharp, rounds=k) for k in (1, 2)},
     "calls": {"2": Trial("reverse_kl", options={"student_levels": (0.4,)}),
               "4": Trial("reverse_kl", options={"student_levels": (0.5, 0.3, 0.15)})},
 }

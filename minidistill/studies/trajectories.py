@@ -30,10 +30,10 @@ STEPS, PATHS = 2000, 1000
 
 
 @lru_cache(maxsize=4)  # of mixtures by identity: students of one target share them
-def exact_paths(target: GaussianMixture, top: float = TOP, n: int = PATHS, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """(z, points): noise z ~ N(0, I), (n, *shape), and where its path from `top` z passes each of LEVELS, in float64,
-    (len(LEVELS), n, *shape). top is in standard deviations of the data, at least TOP."""
-    z = torch.randn(n, *target.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def exact_paths(target: GaussianMixture, top: float = TOP, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """(z, points): noise z ~ N(0, I), (PATHS, *shape), and where its path from `top` z passes each of LEVELS, in
+    float64, (len(LEVELS), PATHS, *shape). top is in standard deviations of the data, at least TOP."""
+    z = torch.randn(PATHS, *target.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     turn = math.atan(TOP) / STEPS
     above = math.ceil((math.atan(top) - math.atan(TOP)) / turn)
     levels = [*(math.tan(math.atan(TOP) + i * turn) for i in range(above - 1, 0, -1)), *angles(STEPS, TOP), 0.0]

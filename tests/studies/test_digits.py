@@ -20,7 +20,8 @@ FIGURES = Path(__file__).parents[2] / "figures" / "digits"
 def folder(tmp_path_factory):
     """One with a teacher that was hardly trained."""
     place = tmp_path_factory.mktemp("digits")
-    digits.teacher_of(place, steps=10)
+    for smooth in (False, True):
+        digits.teacher_of(place, steps=10, smooth=smooth)
     return place
 
 
@@ -31,10 +32,12 @@ def test_every_trial_runs(study, name, folder, monkeypatch):
     monkeypatch.setattr("minidistill.distillation.prepare.make_pairs", few_pairs)
     row = digits.run(study, name, 2, str(folder), steps=2)
     assert (row["study"], row["name"], row["seed"], row["n"], row["calls"]) == (study, name, 2, 60, 1)
-    assert row["steps"] == (0 if name == "start" else 2)
+    assert row["steps"] == (0 if name == "start" else 2 * digits.LONGER if study == "trajectories" else 2)
+    assert ("calls_ratio" in row) == (study == "trajectories")
     assert row.pop("samples").shape == (20, 1, 8, 8)
     assert np.isfinite([value for value in row.values() if isinstance(value, float)]).all()
-    has_fake = name != "start" and Needs.of(digits.OBJECTIVES.get(name, digits.STUDIES[study][name])).fake
+    rule = digits.STUDIES[study][name]
+    has_fake = name != "start" and Needs.of(OBJECTIVES[rule] if isinstance(rule, str) else rule).fake
     assert ("score_gap" in row) == has_fake
 
 
@@ -57,6 +60,11 @@ def test_only_the_objective_differs(folder):
         assert mine["critic_steps"] == (Needs.of(rule).critic_steps or 2)
         assert all(mine[key] == usual[key] for key in mine if key not in ("critic_steps", "data", "labels"))
         assert torch.equal(mine["data"], data.digits()[0])
+
+
+def test_the_smooth_teacher_is_another_one_with_fewer_octaves(folder):
+    usual, smooth = (digits.teacher_of(folder, smooth=smooth).network for smooth in (False, True))
+    assert (len(usual.noise.frequencies), len(smooth.noise.frequencies)) == (8, digits.SMOOTH)
 
 
 def test_the_teacher_is_made_once_and_no_student_will_do(folder, tmp_path):

@@ -13,7 +13,7 @@ from minidistill.distillation import OBJECTIVES, Distilled, ScoreIdentity, Score
 from minidistill.distillation.objectives.matching import ratio_loss
 from minidistill.distributions import GaussianMixture
 from minidistill.networks import MLP, Affine, Denoiser, Generator
-from minidistill.studies import sweep
+from minidistill.studies import sweep, trajectories
 
 TRIALS = [(study, name) for study, trials in sweep.STUDIES.items() for name in trials]
 
@@ -22,6 +22,8 @@ TRIALS = [(study, name) for study, trials in sweep.STUDIES.items() for name in t
 def test_every_trial_runs(study, name, monkeypatch):
     monkeypatch.setattr(sweep, "N", 300)
     monkeypatch.setattr(sweep, "KEPT", 100)
+    monkeypatch.setattr(trajectories, "STEPS", 16)
+    monkeypatch.setattr(trajectories, "PATHS", 20)
     row = sweep.run(study, name, 0, at_most=2)
     assert (row["study"], row["name"], row["seed"], row["n"]) == (study, name, 0, 300)
     assert row.pop("samples").shape == (sweep.KEPT, 2)

@@ -38,7 +38,7 @@ class Consistency(Terms):
     teacher_step: x' by the teacher.
     scattered: four samples of five have a grid of their own, moved down by a part of a step, so that all levels are met
         and the student may be called again at any. False for the papers' fixed grid.
-    weight: an error counts (1 + (sigma_data / sigma)^2)^weight times. At 0 errors of samples count alike, at 1 errors of
+    weight: an error counts (1 + (sigma_data / sigma)^2)^weight times. At 0 errors of samples count alike, at 1 those of
         the preconditioned network, which move samples at low levels less.
     sigma_init: the grid's highest level, in standard deviations of the data: EDM's.
     needs_target: the lower answer from an average of the student, its half-life in samples; 0 for the student itself.
