@@ -70,7 +70,7 @@ class PartlyFrozen(Terms):
 
 
 #: What learns a way down, from a level no higher than it has to be, for so many times the steps.
-TRAJECTORIES: dict[str, str | Objective] = {
+TRAJECTORIES: dict[str, str | Objective | None] = {
     "consistency_distillation": Consistency(18, 18, lognormal=False, huber=None, teacher_step=True, scattered=True,
                                             weight=0.25, sigma_init=TOP),
     "ect": EasyConsistency(sigma_init=TOP),

@@ -54,6 +54,20 @@ def test_the_solver_walks_each_sample_as_far_as_was_drawn(scattered):
     assert 0.75 < off.double().mean() < 0.85 if scattered else not off.any()
 
 
+@pytest.mark.parametrize("scattered", [False, True])
+def test_a_share_of_the_jumps_goes_all_the_way(scattered):
+    """Six tenths more than would by chance; the others are as before."""
+    rule = ConsistencyTrajectory(levels=160, longest=5, scattered=scattered, whole=0.6)
+    b = batch_of(rule, 4000)
+    _, s, u = rule.solve(b, b.real + column(b.sigma, b.real) * b.noise)
+    bottom, low = (rule.grid.position(level / STD) for level in (u, s))
+    far = bottom >= 20
+    assert abs(float((low[far] < 0.01).double().mean()) - 0.6) < 0.04
+    going = far & (low > 0.01)
+    shares = torch.bincount((10 * (low[going] + 0.5) / (bottom[going] + 1)).long().clamp(max=9), minlength=10)
+    assert (shares / going.sum() - 0.1).abs().max() < 0.05
+
+
 def test_the_loss_by_hand_and_who_has_a_gradient():
     """The jump to s is the student's own; where both landings end is its average's answer, through which the gradient
     passes without moving it."""

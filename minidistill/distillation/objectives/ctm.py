@@ -32,6 +32,8 @@ class ConsistencyTrajectory(Terms):
     levels: of the grid on which t > u >= s lie (Karras 2022), from `sigma_init` down to `LOWEST`.
     scattered: four samples of five have a grid of their own, moved by a part of a step, and s anywhere on it: all
         levels are met, so that one may jump from any to any. False for the grid's own alone, as in the paper.
+    whole: share of the samples whose jump goes all the way, s the grid's lowest level: those that one call is made of.
+        0 in the paper, where s is any level at or below u alike.
     longest: Heun steps of the teacher from t to u at most; their number is drawn, uniformly.
     landing: weight of the same difference where the jumps land, at s; 0 in the paper, whose jumps are only as good as
         their ends need.
@@ -44,6 +46,7 @@ class ConsistencyTrajectory(Terms):
 
     levels: int = 18
     scattered: bool = True
+    whole: float = 0.0
     longest: int = 17
     landing: float = 0.0
     denoising: float = 1.0
@@ -122,7 +125,7 @@ class ConsistencyTrajectory(Terms):
             point[going] = one_step_down(batch.teacher, point[going], upper, lower, label)
         u = self.down(top, steps, batch)
         bottom = (top - steps).clamp(min=0)
-        s = rest * (bottom + 1)
+        s = ((rest - self.whole) / (1 - self.whole)).clamp(min=0) * (bottom + 1)
         s = (s - 0.5).clamp(min=0) if self.scattered else s.floor()
         return point, batch.sigma_data * self.grid.level(s.minimum(bottom)), u
 
