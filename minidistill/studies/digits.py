@@ -26,9 +26,10 @@ from minidistill.distillation import (
     Batch,
     Consistency,
     ConsistencyTrajectory,
-    EasyConsistency,
+    ContinuousConsistency,
     Needs,
     Objective,
+    Reflow,
     Terms,
     diagnose,
     distill,
@@ -38,7 +39,7 @@ from minidistill.distillation.batch import dmd_scale, per_sample
 from minidistill.distillation.objectives import fake_loss
 from minidistill.metrics import evaluation, features, frechet_distance
 from minidistill.networks import MLP, Denoiser, Generator
-from minidistill.networks.jumps import TOP
+from minidistill.networks.jumps import HIGHEST
 from minidistill.studies import rows
 from minidistill.teachers import train_denoiser
 from minidistill.training import checkpoints
@@ -69,19 +70,17 @@ class PartlyFrozen(Terms):
         return {"implicit": -2 * per_sample(scale * y * (fake_x0 - batch.x0)) / batch.sigma_data**2}
 
 
-#: What learns a way down, from a level no higher than it has to be, for so many times the steps.
+#: What learns a way down, for so many times the steps. All from EDM's highest level: at 20 standard deviations of the
+#: data, enough for laws about the origin, noise does not hide yet that an image's mean is not 0, and even the teacher's
+#: samples from there are twice as far from the data.
+LONGER = 8
 TRAJECTORIES: dict[str, str | Objective | None] = {
     "consistency_distillation": Consistency(18, 18, lognormal=False, huber=None, teacher_step=True, scattered=True,
-                                            weight=0.25, sigma_init=TOP),
-    "ect": EasyConsistency(sigma_init=TOP),
-    "scm": "scm",
-    "ctm": ConsistencyTrajectory(longest=3, landing=1.0),
-    "ctm, adversarial": ConsistencyTrajectory(longest=3, landing=1.0, adversarial_weight=1.0),
-    "mean_flow": "mean_flow",
-    "flow_map": "flow_map",
-    "reflow": "reflow",
+                                            weight=0.5),
+    "scm": ContinuousConsistency(sigma_init=HIGHEST, log_mean=1.0, log_std=1.8),
+    "ctm": ConsistencyTrajectory(longest=3, landing=1.0, whole=0.5, sigma_init=HIGHEST),
+    "reflow": Reflow(sigma_init=HIGHEST),
 }
-LONGER = 3
 #: Of the students that know a way down, and octaves of their teacher's noise embedding in place of its eight: the
 #: derivative in the noise level that they learn from grows with the highest of them.
 CALLS, SMOOTH = (1, 2, 4, 8), 4
