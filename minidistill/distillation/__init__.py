@@ -29,8 +29,10 @@ from minidistill.distillation.objectives import (
     DistributionMatching,
     Drifting,
     EasyConsistency,
+    EnergyScore,
     FlowMap,
     ImprovedMeanFlow,
+    MeanDiscrepancy,
     MeanFlow,
     Progressive,
     Reflow,
@@ -38,6 +40,7 @@ from minidistill.distillation.objectives import (
     ScoreIdentity,
     ScoreImplicitMatching,
     ScoreOfMixture,
+    SinkhornDivergence,
     UniInstruct,
 )
 from minidistill.distillation.settings import SCHEDULES, Settings
@@ -48,7 +51,7 @@ from minidistill.networks import draw
 __all__ = [
     "DMD", "DMD2", "OBJECTIVES", "SCHEDULES", "AdversarialScoreIdentity", "AlphaFlow", "Batch", "Consistency",
     "ConsistencyTrajectory", "ContinuousConsistency", "Diagnosis", "Distilled", "DistributionMatching", "Drifting",
-    "EasyConsistency", "FlowMap", "ImprovedMeanFlow", "MeanFlow", "Needs", "Objective", "Progressive", "Reflow",
-    "Regression", "ScoreIdentity", "ScoreImplicitMatching", "ScoreOfMixture", "Settings", "Terms", "UniInstruct",
-    "diagnose", "distill", "draw", "term_gradients",
+    "EasyConsistency", "EnergyScore", "FlowMap", "ImprovedMeanFlow", "MeanDiscrepancy", "MeanFlow", "Needs",
+    "Objective", "Progressive", "Reflow", "Regression", "ScoreIdentity", "ScoreImplicitMatching", "ScoreOfMixture",
+    "Settings", "SinkhornDivergence", "Terms", "UniInstruct", "diagnose", "distill", "draw", "term_gradients",
 ]

@@ -12,6 +12,7 @@
     progressive.py   two steps become one, again and again
     reflow.py        a flow between partners, whose ways are straight
     samples.py       drifting: samples moved towards real ones and apart, no network but the student
+    distances.py     MMD, energy score, Sinkhorn: the same rule, down the gradient of a distance between samples
     mixture.py       score of mixture: all skews at once
     uni_instruct.py  the divergence of the clean laws, expanded
 """
@@ -20,6 +21,7 @@ from minidistill import divergences
 from minidistill.distillation.objective import Objective
 from minidistill.distillation.objectives.consistency import Consistency, EasyConsistency
 from minidistill.distillation.objectives.ctm import ConsistencyTrajectory
+from minidistill.distillation.objectives.distances import EnergyScore, MeanDiscrepancy, SinkhornDivergence
 from minidistill.distillation.objectives.dmd import DMD, DMD2
 from minidistill.distillation.objectives.flow_maps import AlphaFlow, FlowMap, ImprovedMeanFlow, MeanFlow
 from minidistill.distillation.objectives.implicit import AdversarialScoreIdentity, ScoreIdentity, ScoreImplicitMatching
@@ -34,9 +36,9 @@ from minidistill.distillation.objectives.uni_instruct import UniInstruct
 
 __all__ = [
     "DMD", "DMD2", "OBJECTIVES", "AdversarialScoreIdentity", "AlphaFlow", "Consistency", "ConsistencyTrajectory",
-    "ContinuousConsistency", "DistributionMatching", "Drifting", "EasyConsistency", "FlowMap", "ImprovedMeanFlow",
-    "MeanFlow", "Progressive", "Reflow", "Regression", "ScoreIdentity", "ScoreImplicitMatching", "ScoreOfMixture",
-    "UniInstruct", "fake_loss", "ratio_loss",
+    "ContinuousConsistency", "DistributionMatching", "Drifting", "EasyConsistency", "EnergyScore", "FlowMap",
+    "ImprovedMeanFlow", "MeanDiscrepancy", "MeanFlow", "Progressive", "Reflow", "Regression", "ScoreIdentity",
+    "ScoreImplicitMatching", "ScoreOfMixture", "SinkhornDivergence", "UniInstruct", "fake_loss", "ratio_loss",
 ]
 #: Every objective by name: distribution matching with each f-divergence, reverse KL in its other clothes, the line of
 #: skew Jensen-Shannon divergences, the score-implicit family, and trajectories.
@@ -59,6 +61,9 @@ OBJECTIVES: dict[str, Objective] = {
     "fisher": ScoreIdentity(alpha=0.5),
     "regression": Regression(),
     "drifting": Drifting(),
+    "sinkhorn": SinkhornDivergence(),
+    "mmd": MeanDiscrepancy(),
+    "energy_score": EnergyScore(),
     "uni_instruct": UniInstruct(divergences.F["jensen_shannon"]),
     "consistency_distillation": Consistency(first=18, last=18, lognormal=False, huber=None, teacher_step=True),
     "consistency_training": Consistency(first=2, last=150, lognormal=False, huber=None),
