@@ -12,7 +12,7 @@ from torch import Tensor
 from minidistill import _validate
 from minidistill.distillation.batch import Batch
 
-__all__ = ["Needs", "Objective", "Terms", "check_losses", "term_gradients"]
+__all__ = ["Around", "Needs", "Objective", "Terms", "check_losses", "term_gradients", "terms_of"]
 
 
 class Objective(Protocol):
@@ -85,6 +85,23 @@ class Terms:
 
     def generator_loss(self, batch: Batch) -> Tensor:
         return reduce(torch.add, self.terms(batch).values())
+
+
+class Around(Terms):
+    """An objective around another, `objective`: what it does not say itself, needs included, is what that one says."""
+
+    objective: Any
+
+    def __getattr__(self, name: str) -> Any:
+        inner = None if name.startswith("__") else self.__dict__.get("objective")  # as it is copied there is none yet
+        if inner is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(inner, name)
+
+
+def terms_of(objective: Any, batch: Batch) -> dict[str, Tensor]:
+    """An objective's terms by name, or its one loss."""
+    return objective.terms(batch) if hasattr(objective, "terms") else {"loss": objective.generator_loss(batch)}
 
 
 def term_gradients(objective: Any, batch: Batch, wrt: Any) -> dict[str, list[Tensor]]:

@@ -152,7 +152,7 @@ BARE_L2 = ScoreImplicitMatching(divergences.squared_l2(), normalise=True)
 UNMEASURED = (
     "consistency_distillation", "consistency_training", "ict", "ect", "scm", "ctm", "mean_flow", "improved_mean_flow",
     "alpha_flow", "flow_map", "progressive", "reflow",
-    "sinkhorn", "mmd", "energy_score",
+    "sinkhorn", "mmd", "energy_score", "embedding_loss", "moment_matching",
 )
 #: Below "lattice", trials to be compared with those of "ring", which are not repeated.
 STUDIES: dict[str, dict[str, Trial]] = {

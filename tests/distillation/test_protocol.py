@@ -134,7 +134,7 @@ def test_without_samples_the_student_is_not_called():
     assert not watch.seen[0].x0.any()
 
 
-LOOK_AT_EACH_OTHER = ("drifting", "sinkhorn", "mmd", "energy_score")  # samples of one batch
+LOOK_AT_EACH_OTHER = ("drifting", "sinkhorn", "mmd", "energy_score", "embedding_loss", "moment_matching")
 
 
 @pytest.mark.parametrize("name", [

@@ -1,17 +1,30 @@
 """Objectives of samples alone: each loss's gradient is that of the distance it names, by autograd; drifting's field by
 hand, and as distribution matching; classes move by themselves."""
 
+import copy
+
 import pytest
 import torch
 
 from minidistill import divergences, transport
-from minidistill.distillation import Batch, Drifting, EnergyScore, MeanDiscrepancy, SinkhornDivergence
+from minidistill.distillation import (
+    OBJECTIVES,
+    Batch,
+    Drifting,
+    EmbeddingLoss,
+    EnergyScore,
+    MeanDiscrepancy,
+    Needs,
+    SinkhornDivergence,
+    distill,
+)
 from minidistill.distillation.objectives import DistributionMatching
 from minidistill.distillation.objectives.distances import energy_pull, kernel_pull, sinkhorn_pull
+from minidistill.distillation.objectives.embedding import random_network
 from minidistill.distillation.objectives.samples import drift
 from minidistill.distributions import ring
 from minidistill.teachers import EmpiricalTeacher
-from tests.helpers import assert_close, normal
+from tests.helpers import assert_close, normal, rng, small_ring
 
 
 def gradients(rule, distance, x, real, sigma_data=1.0, **labels):
@@ -161,3 +174,60 @@ def test_laplaces_classes_drift_by_themselves():
     for k in (0, 1):
         mine, alone = whole[label == k], drift(x[label == k], real[real_label == k], (0.5,), kernel="laplace")
         assert_close(mine / mine.norm(), alone / alone.norm())
+
+
+# ------------------------------------------------- in features of random networks
+
+@pytest.mark.parametrize("shape", [(2,), (1, 8, 8)])
+def test_the_embedding_losss_gradient_is_that_of_mmd_in_the_features(shape):
+    rule = EmbeddingLoss(width=8, widths=(0.3, 1.0), alpha=0.5, networks=2)
+    x, real = normal(9, *shape).requires_grad_(), normal(10, *shape, seed=1)
+    batch = Batch(x, torch.ones(9, dtype=x.dtype), x, ring(), real=2 * real, sigma_data=2.0, generator=rng(5))
+    batch.x0 = 2 * x
+    got = torch.autograd.grad(rule.generator_loss(batch).mean(), x)[0]
+    draws, total = rng(5), 0
+    for _ in range(2):
+        seen, of_real = random_network(torch.cat([x, real]), 2, 8, draws).split([9, 10])
+        scale, plane = of_real.detach().std(), (seen.shape[1] / 2) ** 0.5
+        total = total + mmd([0.3 * plane, plane], 0.5)(seen / scale, of_real.detach() / scale) / 2
+    assert_close(got, torch.autograd.grad(total, x)[0], 1e-9)
+
+
+def test_random_networks_are_drawn_anew_and_keep_the_spread():
+    x = normal(400, 1, 8, 8)
+    draws = rng()
+    a, b, again = (random_network(x, 2, 16, each) for each in (draws, draws, rng()))
+    assert torch.equal(a, again)
+    assert not torch.allclose(a, b)
+    assert a.shape == (400, 16 * 2 * 2)
+    assert 0.5 < float(a.std()) < 4
+
+
+def test_an_objective_around_another_asks_for_what_both_need():
+    alone, joined = EmbeddingLoss(), EmbeddingLoss(OBJECTIVES["dmd2"], weight=0.5)
+    assert Needs.of(alone) == Needs(fake=False, student_real=True)
+    assert Needs.of(joined) == Needs(ratio=True, student_real=True, critic_steps=5)
+    assert copy.deepcopy(joined) == joined
+    with pytest.raises(AttributeError, match="no attribute 'noise_levels'"):
+        _ = joined.noise_levels
+    out = distill(small_ring(), objective=joined, steps=2, batch_size=8, progress=False)
+    assert out.fake is not None
+    assert out.ratio is not None
+
+
+def test_the_embedding_loss_joins_as_one_more_term():
+    x, real = normal(6, 2), normal(6, 2, seed=1)
+    batch = Batch(x, torch.ones(6, dtype=x.dtype), x, ring(), lambda x, s, l: 0.5 * x, real=real)
+    rule = OBJECTIVES["reverse_kl"]
+    terms = EmbeddingLoss(rule, weight=3.0).terms(batch)
+    assert terms.keys() == {"matching", "embedding"}
+    assert torch.equal(terms["matching"], rule.terms(batch)["matching"])
+
+    class OneLoss:
+        def generator_loss(self, batch):
+            return batch.x0.square().sum(1)
+
+    batch.generator = rng()
+    whole = EmbeddingLoss(OneLoss(), weight=3.0).generator_loss(batch)
+    batch.generator = rng()
+    torch.testing.assert_close(whole, x.square().sum(1) + 3 * EmbeddingLoss().generator_loss(batch))

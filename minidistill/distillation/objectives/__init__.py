@@ -13,6 +13,8 @@
     reflow.py        a flow between partners, whose ways are straight
     samples.py       drifting: samples moved towards real ones and apart, no network but the student
     distances.py     MMD, energy score, Sinkhorn: the same rule, down the gradient of a distance between samples
+    embedding.py     MMD in features of random networks, alone or as a term of another
+    moments.py       inductive moment matching: jumps that make one law
     mixture.py       score of mixture: all skews at once
     uni_instruct.py  the divergence of the clean laws, expanded
 """
@@ -23,10 +25,12 @@ from minidistill.distillation.objectives.consistency import Consistency, EasyCon
 from minidistill.distillation.objectives.ctm import ConsistencyTrajectory
 from minidistill.distillation.objectives.distances import EnergyScore, MeanDiscrepancy, SinkhornDivergence
 from minidistill.distillation.objectives.dmd import DMD, DMD2
+from minidistill.distillation.objectives.embedding import EmbeddingLoss
 from minidistill.distillation.objectives.flow_maps import AlphaFlow, FlowMap, ImprovedMeanFlow, MeanFlow
 from minidistill.distillation.objectives.implicit import AdversarialScoreIdentity, ScoreIdentity, ScoreImplicitMatching
 from minidistill.distillation.objectives.matching import DistributionMatching, fake_loss, ratio_loss
 from minidistill.distillation.objectives.mixture import ScoreOfMixture
+from minidistill.distillation.objectives.moments import MomentMatching
 from minidistill.distillation.objectives.progressive import Progressive
 from minidistill.distillation.objectives.reflow import Reflow
 from minidistill.distillation.objectives.regression import Regression
@@ -36,9 +40,10 @@ from minidistill.distillation.objectives.uni_instruct import UniInstruct
 
 __all__ = [
     "DMD", "DMD2", "OBJECTIVES", "AdversarialScoreIdentity", "AlphaFlow", "Consistency", "ConsistencyTrajectory",
-    "ContinuousConsistency", "DistributionMatching", "Drifting", "EasyConsistency", "EnergyScore", "FlowMap",
-    "ImprovedMeanFlow", "MeanDiscrepancy", "MeanFlow", "Progressive", "Reflow", "Regression", "ScoreIdentity",
-    "ScoreImplicitMatching", "ScoreOfMixture", "SinkhornDivergence", "UniInstruct", "fake_loss", "ratio_loss",
+    "ContinuousConsistency", "DistributionMatching", "Drifting", "EasyConsistency", "EmbeddingLoss", "EnergyScore",
+    "FlowMap", "ImprovedMeanFlow", "MeanDiscrepancy", "MeanFlow", "MomentMatching", "Progressive", "Reflow",
+    "Regression", "ScoreIdentity", "ScoreImplicitMatching", "ScoreOfMixture", "SinkhornDivergence", "UniInstruct",
+    "fake_loss", "ratio_loss",
 ]
 #: Every objective by name: distribution matching with each f-divergence, reverse KL in its other clothes, the line of
 #: skew Jensen-Shannon divergences, the score-implicit family, and trajectories.
@@ -64,6 +69,8 @@ OBJECTIVES: dict[str, Objective] = {
     "sinkhorn": SinkhornDivergence(),
     "mmd": MeanDiscrepancy(),
     "energy_score": EnergyScore(),
+    "embedding_loss": EmbeddingLoss(),
+    "moment_matching": MomentMatching(),
     "uni_instruct": UniInstruct(divergences.F["jensen_shannon"]),
     "consistency_distillation": Consistency(first=18, last=18, lognormal=False, huber=None, teacher_step=True),
     "consistency_training": Consistency(first=2, last=150, lognormal=False, huber=None),

@@ -69,8 +69,8 @@ class MeanDiscrepancy(Particles):
         and its tails of power 2 alpha what is farther off.
     """
 
-    widths: tuple[float, ...] = (0.05, 0.15, 0.5, 1.5)
-    alpha: float = 0.5
+    widths: tuple[float, ...] = (0.07, 0.2, 0.7)
+    alpha: float = 1.0
     learning_rate: float = 3e-3
 
     def velocity(self, x: Tensor, real: Tensor, label: Tensor | None, real_label: Tensor | None) -> Tensor:
