@@ -20,9 +20,11 @@ from minidistill.distillation.objective import Needs, Objective, Terms, term_gra
 from minidistill.distillation.objectives import (
     DMD,
     DMD2,
+    GAN,
     OBJECTIVES,
     AdversarialScoreIdentity,
     AlphaFlow,
+    ClassRatio,
     Consistency,
     ConsistencyTrajectory,
     ContinuousConsistency,
@@ -51,10 +53,10 @@ from minidistill.distillation.student import Distilled
 from minidistill.networks import draw
 
 __all__ = [
-    "DMD", "DMD2", "OBJECTIVES", "SCHEDULES", "AdversarialScoreIdentity", "AlphaFlow", "Batch", "Consistency",
-    "ConsistencyTrajectory", "ContinuousConsistency", "Diagnosis", "Distilled", "DistributionMatching", "Drifting",
-    "EasyConsistency", "EmbeddingLoss", "EnergyScore", "FlowMap", "ImprovedMeanFlow", "MeanDiscrepancy", "MeanFlow",
-    "MomentMatching", "Needs", "Objective", "Progressive", "Reflow", "Regression", "ScoreIdentity",
+    "DMD", "DMD2", "GAN", "OBJECTIVES", "SCHEDULES", "AdversarialScoreIdentity", "AlphaFlow", "Batch", "ClassRatio",
+    "Consistency", "ConsistencyTrajectory", "ContinuousConsistency", "Diagnosis", "Distilled", "DistributionMatching",
+    "Drifting", "EasyConsistency", "EmbeddingLoss", "EnergyScore", "FlowMap", "ImprovedMeanFlow", "MeanDiscrepancy",
+    "MeanFlow", "MomentMatching", "Needs", "Objective", "Progressive", "Reflow", "Regression", "ScoreIdentity",
     "ScoreImplicitMatching", "ScoreOfMixture", "Settings", "SinkhornDivergence", "Terms", "UniInstruct", "diagnose",
     "distill", "draw", "term_gradients",
 ]

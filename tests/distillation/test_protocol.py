@@ -138,7 +138,7 @@ LOOK_AT_EACH_OTHER = ("drifting", "sinkhorn", "mmd", "energy_score", "embedding_
 
 
 @pytest.mark.parametrize("name", [
-    "regression", "ctm", "mean_flow", "flow_map", "scm", "reflow", *LOOK_AT_EACH_OTHER,
+    "regression", "ctm", "mean_flow", "flow_map", "scm", "reflow", "gan", *LOOK_AT_EACH_OTHER,
 ])
 def test_pieces_and_resumed_runs_equal_the_whole(name, tmp_path):
     options: dict[str, Any] = {"objective": name, "steps": 6, "batch_size": 8, "progress": False}

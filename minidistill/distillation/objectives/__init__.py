@@ -15,6 +15,7 @@
     distances.py     MMD, energy score, Sinkhorn: the same rule, down the gradient of a distance between samples
     embedding.py     MMD in features of random networks, alone or as a term of another
     moments.py       inductive moment matching: jumps that make one law
+    ratios.py        class ratios and GAN: a classifier of real and made samples
     mixture.py       score of mixture: all skews at once
     uni_instruct.py  the divergence of the clean laws, expanded
 """
@@ -32,6 +33,7 @@ from minidistill.distillation.objectives.matching import DistributionMatching, f
 from minidistill.distillation.objectives.mixture import ScoreOfMixture
 from minidistill.distillation.objectives.moments import MomentMatching
 from minidistill.distillation.objectives.progressive import Progressive
+from minidistill.distillation.objectives.ratios import GAN, ClassRatio
 from minidistill.distillation.objectives.reflow import Reflow
 from minidistill.distillation.objectives.regression import Regression
 from minidistill.distillation.objectives.samples import Drifting
@@ -39,11 +41,11 @@ from minidistill.distillation.objectives.scm import ContinuousConsistency
 from minidistill.distillation.objectives.uni_instruct import UniInstruct
 
 __all__ = [
-    "DMD", "DMD2", "OBJECTIVES", "AdversarialScoreIdentity", "AlphaFlow", "Consistency", "ConsistencyTrajectory",
-    "ContinuousConsistency", "DistributionMatching", "Drifting", "EasyConsistency", "EmbeddingLoss", "EnergyScore",
-    "FlowMap", "ImprovedMeanFlow", "MeanDiscrepancy", "MeanFlow", "MomentMatching", "Progressive", "Reflow",
-    "Regression", "ScoreIdentity", "ScoreImplicitMatching", "ScoreOfMixture", "SinkhornDivergence", "UniInstruct",
-    "fake_loss", "ratio_loss",
+    "DMD", "DMD2", "GAN", "OBJECTIVES", "AdversarialScoreIdentity", "AlphaFlow", "ClassRatio", "Consistency",
+    "ConsistencyTrajectory", "ContinuousConsistency", "DistributionMatching", "Drifting", "EasyConsistency",
+    "EmbeddingLoss", "EnergyScore", "FlowMap", "ImprovedMeanFlow", "MeanDiscrepancy", "MeanFlow", "MomentMatching",
+    "Progressive", "Reflow", "Regression", "ScoreIdentity", "ScoreImplicitMatching", "ScoreOfMixture",
+    "SinkhornDivergence", "UniInstruct", "fake_loss", "ratio_loss",
 ]
 #: Every objective by name: distribution matching with each f-divergence, reverse KL in its other clothes, the line of
 #: skew Jensen-Shannon divergences, the score-implicit family, and trajectories.
@@ -71,6 +73,8 @@ OBJECTIVES: dict[str, Objective] = {
     "energy_score": EnergyScore(),
     "embedding_loss": EmbeddingLoss(),
     "moment_matching": MomentMatching(),
+    "class_ratio": ClassRatio(),
+    "gan": GAN(),
     "uni_instruct": UniInstruct(divergences.F["jensen_shannon"]),
     "consistency_distillation": Consistency(first=18, last=18, lognormal=False, huber=None, teacher_step=True),
     "consistency_training": Consistency(first=2, last=150, lognormal=False, huber=None),
