@@ -154,7 +154,7 @@ UNMEASURED = (
     "consistency_distillation", "consistency_training", "ict", "ect", "scm", "ctm", "mean_flow", "improved_mean_flow",
     "alpha_flow", "flow_map", "progressive", "reflow",
     "sinkhorn", "mmd", "energy_score", "embedding_loss", "moment_matching",
-    "class_ratio", "gan",
+    "class_ratio", "gan", "score_mismatching", "score_of_mixture_training", "real_uid",
 )
 #: Below "lattice", trials to be compared with those of "ring", which are not repeated.
 STUDIES: dict[str, dict[str, Trial]] = {

@@ -1,18 +1,41 @@
-"""Objectives whose only critic tells real samples from made ones: with the exact ratio their gradients are those of the
-divergences; the penalty by hand; what stays frozen."""
+"""Objectives whose critic tells real samples from made ones: with exact ratios, mixtures and denoisers their gradients
+are those of the divergences, and the critics' losses are least at them; the penalty by hand; what stays frozen."""
 
 import pytest
 import torch
 
 from minidistill import divergences as dv
-from minidistill.distillation import GAN, Batch, ClassRatio, DistributionMatching, distill
+from minidistill.distillation import (
+    GAN,
+    Batch,
+    ClassRatio,
+    DistributionMatching,
+    RealUID,
+    ScoreIdentity,
+    ScoreMismatching,
+    ScoreOfMixtureTraining,
+    distill,
+)
 from minidistill.distillation.objectives.ratios import freeze, gaussian_scale, gradient_penalty
-from minidistill.distributions import ring
+from minidistill.distributions import GaussianMixture, ring
 from minidistill.networks import MLP, Denoiser, Generator, UNet
 from minidistill.teachers import train_denoiser
 from tests.distillation.test_matching import f_divergence
-from tests.helpers import assert_close, mixture_1d, mixture_2d, normal, rng, small_ring, states_equal
-from tests.quadrature import loss_gradient, relative_error
+from tests.distillation.test_moments import SETTINGS
+from tests.helpers import (
+    assert_close,
+    f64,
+    line,
+    mixture_1d,
+    mixture_2d,
+    normal,
+    normal_log_prob,
+    normal_pairs,
+    rng,
+    small_ring,
+    states_equal,
+)
+from tests.quadrature import A, B, exact_gradient, loss_gradient, relative_error, student_denoiser
 
 ROWS = {**dv.F, "alpha": dv.alpha_divergence(0.3), "skew": dv.skew_jensen_shannon(0.25)}
 
@@ -78,13 +101,20 @@ def test_a_gan_of_any_loss_is_distribution_matching_through_its_ratios_gradient(
 
 
 def test_the_penalty_is_half_the_squared_gradient_in_units_of_the_noise():
-    x = normal(6, 2)
-    batch = Batch(x, torch.linspace(0.5, 2, 6, dtype=x.dtype), normal(6, 2, seed=1), None, real=normal(6, 2, seed=2),
-                  ratio=lambda x, s, label: x.square().sum(1) / 2)
-    at = batch.real + batch.sigma[:, None] * batch.noise
-    assert_close(gradient_penalty(batch), batch.sigma.square() * at.square().sum(1) / 2)
-    assert_close(ClassRatio(r1=2.0).critic_loss(batch) - ClassRatio().critic_loss(batch), 2 * gradient_penalty(batch))
-    assert_close(GAN(r1=1.0).critic_loss(batch) - GAN(r1=0.0).critic_loss(batch), gradient_penalty(batch))
+    """In its mean over 20,000 directions; and it joins both critics' losses by its weight."""
+    slope, sigma = torch.tensor([0.3, -1.1], dtype=torch.float64), 1.7
+    x = normal(20_000, 2)
+    batch = Batch(x, torch.full((20_000,), sigma, dtype=x.dtype), x, None, real=normal(20_000, 2, seed=2),
+                  ratio=lambda x, s, label: (x @ slope) + 5, generator=rng())
+    wanted = sigma**2 * float(slope.square().sum()) / 2
+    assert float(gradient_penalty(batch).mean()) == pytest.approx(wanted, rel=5 * 2**0.5 / 20_000**0.5)
+    for one, other in ((ClassRatio(r1=2.0), ClassRatio()), (GAN(r1=2.0), GAN(r1=0.0))):
+        losses = []
+        for rule in (one, other):
+            batch.generator = rng()
+            losses.append(rule.critic_loss(batch))
+        batch.generator = rng()
+        assert_close(losses[0] - losses[1], 2 * gradient_penalty(batch))
 
 
 def test_most_of_a_student_stays_frozen():
@@ -103,7 +133,9 @@ def test_most_of_a_student_stays_frozen():
         freeze(torch.nn.Flatten())
 
 
-@pytest.mark.parametrize("rule", [ClassRatio(dv.F["forward_kl"], r1=0.1), GAN(frozen=True)])
+@pytest.mark.parametrize("rule", [
+    ClassRatio(dv.F["forward_kl"], r1=0.1), GAN(frozen=True), ScoreMismatching(), ScoreOfMixtureTraining(),
+])
 def test_it_resumes_to_the_bit(rule, tmp_path):
     def crash(state):
         raise RuntimeError("crash")
@@ -116,3 +148,160 @@ def test_it_resumes_to_the_bit(rule, tmp_path):
     assert whole.fake is None
     assert states_equal(distill(small_ring(), checkpoint=path, resume=True, **options).ema.state_dict(),
                         whole.ema.state_dict())
+
+
+# ------------------------------------------------- score of mixture from data
+
+P_MEAN, P_STD = 0.9, 0.5
+PROBES = {"1": torch.ones_like, "x": lambda x: x, "sin": torch.sin}
+
+
+def laws(x, sigma):
+    """Noised p and q at x, (n,) each: of two Gaussians, q the usual student."""
+    return (normal_log_prob(x, P_MEAN, (P_STD**2 + sigma**2) ** 0.5).exp(),
+            normal_log_prob(x, B, (A**2 + sigma**2) ** 0.5).exp())
+
+
+def mixed(x, sigma, alpha):
+    """The exact denoiser of alpha p + (1 - alpha) q."""
+    p, q = laws(x, sigma)
+    both = student_denoiser(x, P_STD, P_MEAN, sigma), student_denoiser(x, A, B, sigma)
+    return (alpha * p * both[0] + (1 - alpha) * q * both[1]) / (alpha * p + (1 - alpha) * q)
+
+
+@pytest.mark.parametrize("sigma", [0.4, 1.0])
+@pytest.mark.parametrize("uniform", [0.0, 0.3, 1.0])
+def test_mixture_training_has_the_gradient_of_the_skew_divergence(uniform, sigma):
+    """[alpha KL(p || m) + (1 - alpha) KL(q || m)] / (alpha (1 - alpha)), with the exact mixture in the network's place
+    and no teacher; at alpha = 1 that is reverse KL."""
+    rule = ScoreOfMixtureTraining(least=0.2, normalise=False)
+    alpha = 0.2 + 0.8 * uniform
+
+    def own(x, s, label, to):
+        return mixed(x, sigma, to.atan()[:, None])
+
+    target = GaussianMixture(f64([[P_MEAN]]), f64([P_STD]))
+    got = loss_gradient(rule, target, sigma, uniform=torch.full((201**2,), uniform, dtype=torch.float64), own=own)
+    row = dv.F["reverse_kl"] if alpha == 1 else dv.skew_jensen_shannon(alpha)
+    wanted = f_divergence(row, target, sigma) / (1 if alpha == 1 else alpha * (1 - alpha))
+    assert relative_error(got / sigma**2, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("probe", PROBES.values(), ids=PROBES)
+@pytest.mark.parametrize("uniform", [0.1, 0.4, 0.9])
+def test_mixture_trainings_critic_is_least_at_the_mixtures_denoiser(uniform, probe):
+    """Derivative zero and curvature positive along every probe; nonzero beside it. Alpha is 0, 0.3 and 1."""
+    sigma, (z, e, weight) = 0.5, normal_pairs(reach=9.0)
+    batch = Batch((A * z + B)[:, None], torch.full_like(z, sigma), e[:, None], None, real=(P_STD * z + P_MEAN)[:, None],
+                  uniform=torch.full_like(z, uniform))
+
+    def derivatives(offset):
+        step = f64(offset).requires_grad_(True)
+        batch.own = lambda x, s, label, to: mixed(x, sigma, to.atan()[:, None]) + step * probe(x)
+        first = torch.autograd.grad((weight * ScoreOfMixtureTraining().critic_loss(batch)).sum(), step,
+                                    create_graph=True)[0]
+        return float(first.detach()), float(torch.autograd.grad(first, step)[0])
+
+    first, second = derivatives(0.0)
+    assert abs(first) < 1e-9
+    assert second > 1e-3
+    assert abs(derivatives(0.2)[0]) > 1e-3
+
+
+# ------------------------------------------------- score mismatching
+
+def mismatch_batch(**more):
+    sigma, (z, e, weight) = 0.5, normal_pairs(reach=9.0)
+    return Batch((A * z + B)[:, None], torch.full_like(z, sigma), e[:, None], None,
+                 real=(P_STD * z + P_MEAN)[:, None], generator=rng(), **more), weight, sigma
+
+
+@pytest.mark.parametrize("probe", PROBES.values(), ids=PROBES)
+def test_mismatchings_critic_is_least_at_rho_times_the_noise(probe):
+    """E = rho E[e | x, real], rho = p / (p + q): stationary along every probe; nonzero beside it."""
+    batch, weight, sigma = mismatch_batch()
+
+    def derivative(offset):
+        step = f64(offset).requires_grad_(True)
+
+        def own(x, s, label):
+            p, q = laws(x, sigma)
+            noise = p / (p + q) * (x - student_denoiser(x, P_STD, P_MEAN, sigma)) / sigma
+            return x - sigma * (noise + step * probe(x))
+
+        batch.own, batch.generator = own, rng()
+        loss = ScoreMismatching(r1=0.0).critic_loss(batch)
+        return float(torch.autograd.grad((weight * loss).sum(), step)[0])
+
+    assert abs(derivative(0.0)) < 1e-9
+    assert abs(derivative(0.3)) > 0.1
+
+
+def test_mismatchings_student_is_scored_by_the_noise_left():
+    batch, _, sigma = mismatch_batch(own=lambda x, s, label: 0.3 * x)
+    batch.x0 = batch.x0.requires_grad_()
+    found = 0.7 * batch.xt / sigma
+    loss = ScoreMismatching().generator_loss(batch)
+    assert_close(loss, (found - batch.noise).square().sum(1) / 2)
+    assert_close(torch.autograd.grad(loss.sum(), batch.x0)[0], (found - batch.noise) * 0.7 / sigma)
+
+
+def test_mismatchings_levels_end_at_the_highest():
+    levels = ScoreMismatching(highest=0.6).noise_levels(4000, SETTINGS, 0.0, rng())
+    assert 0.07 <= float(levels.min()) < 0.08
+    assert 1.15 < float(levels.max()) <= 1.2
+
+
+# ------------------------------------------------- inverse distillation with real data
+
+def test_inverse_distillation_without_data_is_fishers_divergence():
+    """UID and FGM: |D_p - x|^2 - |D_q - x|^2 is twice SiD at alpha = 1/2, loss for loss in its gradient, and not at
+    another alpha; its fake network learns to denoise."""
+    target = mixture_1d()
+    got = loss_gradient(RealUID(1.0, 1.0), target, 0.6)
+    assert_close(got, loss_gradient(ScoreIdentity(0.5), target, 0.6))
+    assert relative_error(got, loss_gradient(ScoreIdentity(1.0), target, 0.6)) > 1e-2
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.92, 0.94), (0.7, 0.6), (0.5, 1.0)])
+def test_inverse_distillation_descends_the_games_value(alpha, beta):
+    """V(q) = max over D of alpha E_q [|D_p - c x|^2 - |D - c x|^2] + (1 - alpha) E_p [the same with c' and y], c = beta
+    / alpha, c' = (1 - beta) / (1 - alpha): its gradient on a grid, the best D moving along, against the student's loss
+    with that D frozen. It is 0 for q = p and positive elsewhere."""
+    target, sigma, shape = GaussianMixture(f64([[P_MEAN]]), f64([P_STD])), 0.6, (A, B)
+
+    def best(x, a, b):
+        p, q = normal_log_prob(x, P_MEAN, (P_STD**2 + sigma**2) ** 0.5).exp(), normal_log_prob(
+            x, b, (a**2 + sigma**2) ** 0.5).exp()
+        d_p, d_q = student_denoiser(x, P_STD, P_MEAN, sigma), student_denoiser(x, a, b, sigma)
+        return p, q, d_p, d_q, (beta * q * d_q + (1 - beta) * p * d_p) / (alpha * q + (1 - alpha) * p)
+
+    def value(x, a, b, cell):
+        p, q, d_p, d_q, d = best(x, a, b)
+        gain = (alpha * q + (1 - alpha) * p) * (d_p**2 - d**2)
+        return ((gain - 2 * (d_p - d) * (beta * q * d_q + (1 - beta) * p * d_p)) * cell).sum() / 2
+
+    class Best:
+        def __call__(self, x, s, label=None):
+            return best(x, f64(A), f64(B))[4]
+
+    rule = RealUID(alpha, beta, normalise=False)
+
+    class WithBest:
+        def generator_loss(self, batch):
+            batch.fake = Best()
+            return rule.generator_loss(batch)
+
+    assert relative_error(loss_gradient(WithBest(), target, sigma), exact_gradient(value, shape)) < 1e-6
+    x, cell = line(-16, 16, 6401)
+    assert abs(float(value(x, f64(P_STD), f64(P_MEAN), cell))) < 1e-12
+    assert float(value(x, f64(A), f64(B), cell)) > 1e-3
+
+
+def test_what_is_refused():
+    for options, message in (({"alpha": 0.0}, "alpha=0.0"), ({"beta": 1.2}, "beta=1.2"),
+                             ({"alpha": 1.0, "beta": 0.9}, "leaves data out")):
+        with pytest.raises(ValueError, match=message):
+            RealUID(**options)
+    with pytest.raises(ValueError, match="least=0"):
+        ScoreOfMixtureTraining(least=0.0)

@@ -3,7 +3,7 @@
     matching.py      f-distill, Diff-Instruct: h(r) (s_p - s_q), alone or with an adversarial term
     adversarial.py   the term through a discriminator that three of them share
     dmd.py           DMD (regression on pairs), DMD2 (adversarial)
-    implicit.py      SIM, SiD, SiDA: distances between scores
+    implicit.py      SIM, SiD, SiDA, RealUID: distances between scores
     regression.py    the teacher's own map, pair by pair
     consistency.py   CD, CT, iCT, ECT: one answer all along a path of the probability flow
     scm.py           the same in continuous time
@@ -16,7 +16,8 @@
     embedding.py     MMD in features of random networks, alone or as a term of another
     moments.py       inductive moment matching: jumps that make one law
     ratios.py        class ratios and GAN: a classifier of real and made samples
-    mixture.py       score of mixture: all skews at once
+    mismatching.py   score mismatching: a denoiser of real samples only
+    mixture.py       score of mixture: all skews at once, from a teacher or from data
     uni_instruct.py  the divergence of the clean laws, expanded
 """
 
@@ -28,9 +29,15 @@ from minidistill.distillation.objectives.distances import EnergyScore, MeanDiscr
 from minidistill.distillation.objectives.dmd import DMD, DMD2
 from minidistill.distillation.objectives.embedding import EmbeddingLoss
 from minidistill.distillation.objectives.flow_maps import AlphaFlow, FlowMap, ImprovedMeanFlow, MeanFlow
-from minidistill.distillation.objectives.implicit import AdversarialScoreIdentity, ScoreIdentity, ScoreImplicitMatching
+from minidistill.distillation.objectives.implicit import (
+    AdversarialScoreIdentity,
+    RealUID,
+    ScoreIdentity,
+    ScoreImplicitMatching,
+)
 from minidistill.distillation.objectives.matching import DistributionMatching, fake_loss, ratio_loss
-from minidistill.distillation.objectives.mixture import ScoreOfMixture
+from minidistill.distillation.objectives.mismatching import ScoreMismatching
+from minidistill.distillation.objectives.mixture import ScoreOfMixture, ScoreOfMixtureTraining
 from minidistill.distillation.objectives.moments import MomentMatching
 from minidistill.distillation.objectives.progressive import Progressive
 from minidistill.distillation.objectives.ratios import GAN, ClassRatio
@@ -44,8 +51,8 @@ __all__ = [
     "DMD", "DMD2", "GAN", "OBJECTIVES", "AdversarialScoreIdentity", "AlphaFlow", "ClassRatio", "Consistency",
     "ConsistencyTrajectory", "ContinuousConsistency", "DistributionMatching", "Drifting", "EasyConsistency",
     "EmbeddingLoss", "EnergyScore", "FlowMap", "ImprovedMeanFlow", "MeanDiscrepancy", "MeanFlow", "MomentMatching",
-    "Progressive", "Reflow", "Regression", "ScoreIdentity", "ScoreImplicitMatching", "ScoreOfMixture",
-    "SinkhornDivergence", "UniInstruct", "fake_loss", "ratio_loss",
+    "Progressive", "RealUID", "Reflow", "Regression", "ScoreIdentity", "ScoreImplicitMatching", "ScoreMismatching",
+    "ScoreOfMixture", "ScoreOfMixtureTraining", "SinkhornDivergence", "UniInstruct", "fake_loss", "ratio_loss",
 ]
 #: Every objective by name: distribution matching with each f-divergence, reverse KL in its other clothes, the line of
 #: skew Jensen-Shannon divergences, the score-implicit family, and trajectories.
@@ -66,6 +73,7 @@ OBJECTIVES: dict[str, Objective] = {
     "sid": ScoreIdentity(),  # alpha = 1.2 for images, 1 for all else
     "sida": AdversarialScoreIdentity(),
     "fisher": ScoreIdentity(alpha=0.5),
+    "real_uid": RealUID(),
     "regression": Regression(),
     "drifting": Drifting(),
     "sinkhorn": SinkhornDivergence(),
@@ -75,6 +83,8 @@ OBJECTIVES: dict[str, Objective] = {
     "moment_matching": MomentMatching(),
     "class_ratio": ClassRatio(),
     "gan": GAN(),
+    "score_mismatching": ScoreMismatching(),
+    "score_of_mixture_training": ScoreOfMixtureTraining(),
     "uni_instruct": UniInstruct(divergences.F["jensen_shannon"]),
     "consistency_distillation": Consistency(first=18, last=18, lognormal=False, huber=None, teacher_step=True),
     "consistency_training": Consistency(first=2, last=150, lognormal=False, huber=None),
