@@ -12,6 +12,7 @@
     student.py     what `distill` returns
     plateau.py     when to stop
     diagnosis.py   a look into a running distillation
+    particles.py   flows of samples without a student
 """
 
 from minidistill.distillation.batch import Batch
@@ -49,7 +50,9 @@ from minidistill.distillation.objectives import (
     ScoreOfMixtureTraining,
     SinkhornDivergence,
     UniInstruct,
+    WassersteinFlow,
 )
+from minidistill.distillation.particles import Flow, particle_flow, wasserstein_flow
 from minidistill.distillation.settings import SCHEDULES, Settings
 from minidistill.distillation.start import distill
 from minidistill.distillation.student import Distilled
@@ -58,8 +61,9 @@ from minidistill.networks import draw
 __all__ = [
     "DMD", "DMD2", "GAN", "OBJECTIVES", "SCHEDULES", "AdversarialScoreIdentity", "AlphaFlow", "Batch", "ClassRatio",
     "Consistency", "ConsistencyTrajectory", "ContinuousConsistency", "Diagnosis", "Distilled", "DistributionMatching",
-    "Drifting", "EasyConsistency", "EmbeddingLoss", "EnergyScore", "FlowMap", "ImprovedMeanFlow", "MeanDiscrepancy",
-    "MeanFlow", "MomentMatching", "Needs", "Objective", "Progressive", "RealUID", "Reflow", "Regression",
-    "ScoreIdentity", "ScoreImplicitMatching", "ScoreMismatching", "ScoreOfMixture", "ScoreOfMixtureTraining",
-    "Settings", "SinkhornDivergence", "Terms", "UniInstruct", "diagnose", "distill", "draw", "term_gradients",
+    "Drifting", "EasyConsistency", "EmbeddingLoss", "EnergyScore", "Flow", "FlowMap", "ImprovedMeanFlow",
+    "MeanDiscrepancy", "MeanFlow", "MomentMatching", "Needs", "Objective", "Progressive", "RealUID", "Reflow",
+    "Regression", "ScoreIdentity", "ScoreImplicitMatching", "ScoreMismatching", "ScoreOfMixture",
+    "ScoreOfMixtureTraining", "Settings", "SinkhornDivergence", "Terms", "UniInstruct", "WassersteinFlow", "diagnose",
+    "distill", "draw", "particle_flow", "term_gradients", "wasserstein_flow",
 ]

@@ -17,6 +17,7 @@
     moments.py       inductive moment matching: jumps that make one law
     ratios.py        class ratios and GAN: a classifier of real and made samples
     mismatching.py   score mismatching: a denoiser of real samples only
+    flow_steps.py    Wasserstein gradient flow: down an f-divergence, a proximal step at a time
     mixture.py       score of mixture: all skews at once, from a teacher or from data
     uni_instruct.py  the divergence of the clean laws, expanded
 """
@@ -29,6 +30,7 @@ from minidistill.distillation.objectives.distances import EnergyScore, MeanDiscr
 from minidistill.distillation.objectives.dmd import DMD, DMD2
 from minidistill.distillation.objectives.embedding import EmbeddingLoss
 from minidistill.distillation.objectives.flow_maps import AlphaFlow, FlowMap, ImprovedMeanFlow, MeanFlow
+from minidistill.distillation.objectives.flow_steps import WassersteinFlow
 from minidistill.distillation.objectives.implicit import (
     AdversarialScoreIdentity,
     RealUID,
@@ -52,7 +54,8 @@ __all__ = [
     "ConsistencyTrajectory", "ContinuousConsistency", "DistributionMatching", "Drifting", "EasyConsistency",
     "EmbeddingLoss", "EnergyScore", "FlowMap", "ImprovedMeanFlow", "MeanDiscrepancy", "MeanFlow", "MomentMatching",
     "Progressive", "RealUID", "Reflow", "Regression", "ScoreIdentity", "ScoreImplicitMatching", "ScoreMismatching",
-    "ScoreOfMixture", "ScoreOfMixtureTraining", "SinkhornDivergence", "UniInstruct", "fake_loss", "ratio_loss",
+    "ScoreOfMixture", "ScoreOfMixtureTraining", "SinkhornDivergence", "UniInstruct", "WassersteinFlow", "fake_loss",
+    "ratio_loss",
 ]
 #: Every objective by name: distribution matching with each f-divergence, reverse KL in its other clothes, the line of
 #: skew Jensen-Shannon divergences, the score-implicit family, and trajectories.
@@ -83,6 +86,7 @@ OBJECTIVES: dict[str, Objective] = {
     "moment_matching": MomentMatching(),
     "class_ratio": ClassRatio(),
     "gan": GAN(),
+    "wasserstein_flow": WassersteinFlow(),
     "score_mismatching": ScoreMismatching(),
     "score_of_mixture_training": ScoreOfMixtureTraining(),
     "uni_instruct": UniInstruct(divergences.F["jensen_shannon"]),
