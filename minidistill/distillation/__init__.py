@@ -12,6 +12,7 @@
     student.py     what `distill` returns
     plateau.py     when to stop
     diagnosis.py   a look into a running distillation
+    way_back.py    DisBack: any objective, its targets on the way back to the teacher
     particles.py   flows of samples without a student
 """
 
@@ -25,6 +26,7 @@ from minidistill.distillation.objectives import (
     OBJECTIVES,
     AdversarialScoreIdentity,
     AlphaFlow,
+    AsynchronousScore,
     ClassRatio,
     Consistency,
     ConsistencyTrajectory,
@@ -43,6 +45,8 @@ from minidistill.distillation.objectives import (
     RealUID,
     Reflow,
     Regression,
+    ScoreDistillation,
+    ScoreForgetting,
     ScoreIdentity,
     ScoreImplicitMatching,
     ScoreMismatching,
@@ -56,14 +60,16 @@ from minidistill.distillation.particles import Flow, particle_flow, wasserstein_
 from minidistill.distillation.settings import SCHEDULES, Settings
 from minidistill.distillation.start import distill
 from minidistill.distillation.student import Distilled
+from minidistill.distillation.way_back import backtracking
 from minidistill.networks import draw
 
 __all__ = [
-    "DMD", "DMD2", "GAN", "OBJECTIVES", "SCHEDULES", "AdversarialScoreIdentity", "AlphaFlow", "Batch", "ClassRatio",
-    "Consistency", "ConsistencyTrajectory", "ContinuousConsistency", "Diagnosis", "Distilled", "DistributionMatching",
-    "Drifting", "EasyConsistency", "EmbeddingLoss", "EnergyScore", "Flow", "FlowMap", "ImprovedMeanFlow",
-    "MeanDiscrepancy", "MeanFlow", "MomentMatching", "Needs", "Objective", "Progressive", "RealUID", "Reflow",
-    "Regression", "ScoreIdentity", "ScoreImplicitMatching", "ScoreMismatching", "ScoreOfMixture",
-    "ScoreOfMixtureTraining", "Settings", "SinkhornDivergence", "Terms", "UniInstruct", "WassersteinFlow", "diagnose",
-    "distill", "draw", "particle_flow", "term_gradients", "wasserstein_flow",
+    "DMD", "DMD2", "GAN", "OBJECTIVES", "SCHEDULES", "AdversarialScoreIdentity", "AlphaFlow", "AsynchronousScore",
+    "Batch", "ClassRatio", "Consistency", "ConsistencyTrajectory", "ContinuousConsistency", "Diagnosis", "Distilled",
+    "DistributionMatching", "Drifting", "EasyConsistency", "EmbeddingLoss", "EnergyScore", "Flow", "FlowMap",
+    "ImprovedMeanFlow", "MeanDiscrepancy", "MeanFlow", "MomentMatching", "Needs", "Objective", "Progressive", "RealUID",
+    "Reflow", "Regression", "ScoreDistillation", "ScoreForgetting", "ScoreIdentity", "ScoreImplicitMatching",
+    "ScoreMismatching", "ScoreOfMixture", "ScoreOfMixtureTraining", "Settings", "SinkhornDivergence", "Terms",
+    "UniInstruct", "WassersteinFlow", "backtracking", "diagnose", "distill", "draw", "particle_flow", "term_gradients",
+    "wasserstein_flow",
 ]

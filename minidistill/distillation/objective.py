@@ -12,7 +12,7 @@ from torch import Tensor
 from minidistill import _validate
 from minidistill.distillation.batch import Batch
 
-__all__ = ["Around", "Needs", "Objective", "Terms", "check_losses", "term_gradients", "terms_of"]
+__all__ = ["Around", "Needs", "Objective", "Terms", "Through", "check_losses", "term_gradients", "terms_of"]
 
 
 class Objective(Protocol):
@@ -97,6 +97,24 @@ class Around(Terms):
         if inner is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(inner, name)
+
+
+class Through(Around):
+    """An objective that another one sees the batch through: `see` changes it, for both losses."""
+
+    def see(self, batch: Batch) -> Batch:
+        raise NotImplementedError
+
+    @property
+    def needs_fake(self) -> bool:
+        return Needs.of(self.objective).fake
+
+    def critic_loss(self, batch: Batch) -> Tensor:
+        loss: Tensor = self.objective.critic_loss(self.see(batch))
+        return loss
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        return terms_of(self.objective, self.see(batch))
 
 
 def terms_of(objective: Any, batch: Batch) -> dict[str, Tensor]:

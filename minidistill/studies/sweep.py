@@ -155,7 +155,7 @@ UNMEASURED = (
     "alpha_flow", "flow_map", "progressive", "reflow",
     "sinkhorn", "mmd", "energy_score", "embedding_loss", "moment_matching",
     "class_ratio", "gan", "score_mismatching", "score_of_mixture_training", "real_uid",
-    "wasserstein_flow",
+    "wasserstein_flow", "sds", "asd", "score_forgetting",
 )
 #: Below "lattice", trials to be compared with those of "ring", which are not repeated.
 STUDIES: dict[str, dict[str, Trial]] = {

@@ -96,7 +96,7 @@ def test_particles_follow_a_distances_gradient_down():
 
 
 def test_the_energy_of_a_wasserstein_flow_falls():
-    """Of two Gaussians two deviations apart, in every step but at most one, and all the while the particles come nearer."""
+    """Of two Gaussians two deviations apart, in every step but at most one; and all the while they come nearer."""
     law = GaussianMixture([[2.0, 0.0]], 0.7)
     x = torch.randn(300, 2, generator=rng())
     flow = wasserstein_flow(x, law.sample(600, rng(1)), steps=8, size=0.5, rounds=2, critic_steps=40, progress=False)

@@ -140,7 +140,7 @@ DRAW_FOR_A_PIECE = ("gan", "score_mismatching")  # directions of a penalty
 
 @pytest.mark.parametrize("name", [
     "regression", "ctm", "mean_flow", "flow_map", "scm", "reflow", "class_ratio", "score_of_mixture_training",
-    "wasserstein_flow", "real_uid", *LOOK_AT_EACH_OTHER, *DRAW_FOR_A_PIECE,
+    "wasserstein_flow", "real_uid", "sds", "asd", "score_forgetting", *LOOK_AT_EACH_OTHER, *DRAW_FOR_A_PIECE,
 ])
 def test_pieces_and_resumed_runs_equal_the_whole(name, tmp_path):
     options: dict[str, Any] = {"objective": name, "steps": 6, "batch_size": 8, "progress": False}

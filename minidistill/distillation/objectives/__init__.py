@@ -18,6 +18,8 @@
     ratios.py        class ratios and GAN: a classifier of real and made samples
     mismatching.py   score mismatching: a denoiser of real samples only
     flow_steps.py    Wasserstein gradient flow: down an f-divergence, a proximal step at a time
+    frozen.py        SDS, ASD: nothing trained but the student, and the teacher asked twice
+    forgetting.py    one class's requests held against another's teacher
     mixture.py       score of mixture: all skews at once, from a teacher or from data
     uni_instruct.py  the divergence of the clean laws, expanded
 """
@@ -31,6 +33,8 @@ from minidistill.distillation.objectives.dmd import DMD, DMD2
 from minidistill.distillation.objectives.embedding import EmbeddingLoss
 from minidistill.distillation.objectives.flow_maps import AlphaFlow, FlowMap, ImprovedMeanFlow, MeanFlow
 from minidistill.distillation.objectives.flow_steps import WassersteinFlow
+from minidistill.distillation.objectives.forgetting import ScoreForgetting
+from minidistill.distillation.objectives.frozen import AsynchronousScore, ScoreDistillation
 from minidistill.distillation.objectives.implicit import (
     AdversarialScoreIdentity,
     RealUID,
@@ -50,12 +54,12 @@ from minidistill.distillation.objectives.scm import ContinuousConsistency
 from minidistill.distillation.objectives.uni_instruct import UniInstruct
 
 __all__ = [
-    "DMD", "DMD2", "GAN", "OBJECTIVES", "AdversarialScoreIdentity", "AlphaFlow", "ClassRatio", "Consistency",
-    "ConsistencyTrajectory", "ContinuousConsistency", "DistributionMatching", "Drifting", "EasyConsistency",
-    "EmbeddingLoss", "EnergyScore", "FlowMap", "ImprovedMeanFlow", "MeanDiscrepancy", "MeanFlow", "MomentMatching",
-    "Progressive", "RealUID", "Reflow", "Regression", "ScoreIdentity", "ScoreImplicitMatching", "ScoreMismatching",
-    "ScoreOfMixture", "ScoreOfMixtureTraining", "SinkhornDivergence", "UniInstruct", "WassersteinFlow", "fake_loss",
-    "ratio_loss",
+    "DMD", "DMD2", "GAN", "OBJECTIVES", "AdversarialScoreIdentity", "AlphaFlow", "AsynchronousScore", "ClassRatio",
+    "Consistency", "ConsistencyTrajectory", "ContinuousConsistency", "DistributionMatching", "Drifting",
+    "EasyConsistency", "EmbeddingLoss", "EnergyScore", "FlowMap", "ImprovedMeanFlow", "MeanDiscrepancy", "MeanFlow",
+    "MomentMatching", "Progressive", "RealUID", "Reflow", "Regression", "ScoreDistillation", "ScoreForgetting",
+    "ScoreIdentity", "ScoreImplicitMatching", "ScoreMismatching", "ScoreOfMixture", "ScoreOfMixtureTraining",
+    "SinkhornDivergence", "UniInstruct", "WassersteinFlow", "fake_loss", "ratio_loss",
 ]
 #: Every objective by name: distribution matching with each f-divergence, reverse KL in its other clothes, the line of
 #: skew Jensen-Shannon divergences, the score-implicit family, and trajectories.
@@ -87,6 +91,9 @@ OBJECTIVES: dict[str, Objective] = {
     "class_ratio": ClassRatio(),
     "gan": GAN(),
     "wasserstein_flow": WassersteinFlow(),
+    "sds": ScoreDistillation(),
+    "asd": AsynchronousScore(),
+    "score_forgetting": ScoreForgetting(),
     "score_mismatching": ScoreMismatching(),
     "score_of_mixture_training": ScoreOfMixtureTraining(),
     "uni_instruct": UniInstruct(divergences.F["jensen_shannon"]),
