@@ -153,7 +153,7 @@ class SinkhornDivergence(Particles):
     reached. epsilon: of the plans, in variances of the data, in the plane.
     """
 
-    epsilon: float = 0.05
+    epsilon: float = 0.02
     learning_rate: float = 3e-3
 
     def velocity(self, x: Tensor, real: Tensor, label: Tensor | None, real_label: Tensor | None) -> Tensor:

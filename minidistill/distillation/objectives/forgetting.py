@@ -26,7 +26,7 @@ class ScoreForgetting(Through):
     forget, safe: classes. Of a teacher without classes there is nothing to forget, and the inner objective is left.
     """
 
-    objective: Any = field(default_factory=lambda: ScoreIdentity(alpha=1.0))
+    objective: Any = field(default_factory=ScoreIdentity)
     forget: int = 0
     safe: int = 1
 

@@ -66,7 +66,7 @@ class GAN(Terms):
         a GAN alone makes a one-step generator of a diffusion model): see `freeze`. For a new student that is no use.
     """
 
-    r1: float = 0.01
+    r1: float = 0.1
     frozen: bool = False
     needs_ratio = True
     needs_fake = False
