@@ -246,6 +246,17 @@ def test_mismatchings_student_is_scored_by_the_noise_left():
     assert_close(torch.autograd.grad(loss.sum(), batch.x0)[0], (found - batch.noise) * 0.7 / sigma)
 
 
+def test_mismatching_does_not_rest_at_the_real_law():
+    """There E is half of the noise expected, J (x - b) with J = sigma / (a^2 + sigma^2) / 2, and the loss's gradient in
+    the student's spread a is J^2 a, above 0: it would rather be narrower, where noise is easier to find."""
+    sigma, (z, e, weight) = 0.5, normal_pairs(reach=9.0)
+    slope = sigma / (A**2 + sigma**2) / 2
+    x0 = (A * z + B)[:, None].requires_grad_()
+    batch = Batch(x0, torch.full_like(z, sigma), e[:, None], None, own=lambda x, s, label: x - sigma * slope * (x - B))
+    gradient = torch.autograd.grad(ScoreMismatching().generator_loss(batch).sum(), x0)[0].flatten()
+    assert_close((weight * gradient * z).sum(), f64(slope**2 * A))
+
+
 def test_mismatchings_levels_end_at_the_highest():
     levels = ScoreMismatching(highest=0.6).noise_levels(4000, SETTINGS, 0.0, rng())
     assert 0.07 <= float(levels.min()) < 0.08

@@ -27,6 +27,9 @@ class ScoreMismatching(Terms):
     student's samples: the same minimiser, 0, with that noise's variance.) From data alone, with no teacher but its
     weights to begin with, where it has any.
 
+    It does not rest at the real law: where q = p a narrower student is easier to denoise, and has less loss. On a ring
+    of Gaussians, from a new student, it lost half of the modes.
+
     highest: of the noise levels, log-uniform from settings.sigma_min, in standard deviations of the data; the paper has
         ten levels up to about 0.6.
     r1: of the penalty (sigma^2 / 2) |grad of |E - e|^2 / 2|^2 at real samples, along a random direction as
