@@ -12,6 +12,8 @@
     student.py     what `distill` returns
     plateau.py     when to stop
     diagnosis.py   a look into a running distillation
+    way_back.py    DisBack: any objective, its targets on the way back to the teacher
+    particles.py   flows of samples without a student
 """
 
 from minidistill.distillation.batch import Batch
@@ -20,35 +22,54 @@ from minidistill.distillation.objective import Needs, Objective, Terms, term_gra
 from minidistill.distillation.objectives import (
     DMD,
     DMD2,
+    GAN,
     OBJECTIVES,
     AdversarialScoreIdentity,
     AlphaFlow,
+    AsynchronousScore,
+    ClassRatio,
     Consistency,
     ConsistencyTrajectory,
     ContinuousConsistency,
     DistributionMatching,
     Drifting,
     EasyConsistency,
+    EmbeddingLoss,
+    EnergyScore,
     FlowMap,
     ImprovedMeanFlow,
+    MeanDiscrepancy,
     MeanFlow,
+    MomentMatching,
     Progressive,
+    RealUID,
     Reflow,
     Regression,
+    ScoreDistillation,
+    ScoreForgetting,
     ScoreIdentity,
     ScoreImplicitMatching,
+    ScoreMismatching,
     ScoreOfMixture,
+    ScoreOfMixtureTraining,
+    SinkhornDivergence,
     UniInstruct,
+    WassersteinFlow,
 )
+from minidistill.distillation.particles import Flow, particle_flow, wasserstein_flow
 from minidistill.distillation.settings import SCHEDULES, Settings
 from minidistill.distillation.start import distill
 from minidistill.distillation.student import Distilled
+from minidistill.distillation.way_back import backtracking
 from minidistill.networks import draw
 
 __all__ = [
-    "DMD", "DMD2", "OBJECTIVES", "SCHEDULES", "AdversarialScoreIdentity", "AlphaFlow", "Batch", "Consistency",
-    "ConsistencyTrajectory", "ContinuousConsistency", "Diagnosis", "Distilled", "DistributionMatching", "Drifting",
-    "EasyConsistency", "FlowMap", "ImprovedMeanFlow", "MeanFlow", "Needs", "Objective", "Progressive", "Reflow",
-    "Regression", "ScoreIdentity", "ScoreImplicitMatching", "ScoreOfMixture", "Settings", "Terms", "UniInstruct",
-    "diagnose", "distill", "draw", "term_gradients",
+    "DMD", "DMD2", "GAN", "OBJECTIVES", "SCHEDULES", "AdversarialScoreIdentity", "AlphaFlow", "AsynchronousScore",
+    "Batch", "ClassRatio", "Consistency", "ConsistencyTrajectory", "ContinuousConsistency", "Diagnosis", "Distilled",
+    "DistributionMatching", "Drifting", "EasyConsistency", "EmbeddingLoss", "EnergyScore", "Flow", "FlowMap",
+    "ImprovedMeanFlow", "MeanDiscrepancy", "MeanFlow", "MomentMatching", "Needs", "Objective", "Progressive", "RealUID",
+    "Reflow", "Regression", "ScoreDistillation", "ScoreForgetting", "ScoreIdentity", "ScoreImplicitMatching",
+    "ScoreMismatching", "ScoreOfMixture", "ScoreOfMixtureTraining", "Settings", "SinkhornDivergence", "Terms",
+    "UniInstruct", "WassersteinFlow", "backtracking", "diagnose", "distill", "draw", "particle_flow", "term_gradients",
+    "wasserstein_flow",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minidistill import _validate
 from minidistill.networks import Correction
+from minidistill.networks.draws import Entrance
 
 __all__ = ["Batch", "column", "dmd_scale", "no_weights", "per_sample"]
 
@@ -19,9 +20,9 @@ __all__ = ["Batch", "column", "dmd_scale", "no_weights", "per_sample"]
 class Batch:
     """The student's samples x0, to be noised to x0 + sigma * noise, and everything to hold them against.
 
-    In `generator_loss` x0 carries the graph back to the student and gradients pass through `teacher`, `fake` and
-    `ratio` without reaching their weights; in `critic_loss` x0 is detached. What an objective did not ask for (`Needs`)
-    is None.
+    In `generator_loss` x0 carries the graph back to the student and gradients pass through `teacher`, `fake`, `ratio`
+    and `own` without reaching their weights; in `critic_loss` x0 is detached. What an objective did not ask for
+    (`Needs`) is None.
     """
 
     x0: Tensor  # (n, *shape) the student's samples; zeros if needs_samples is False
@@ -45,6 +46,8 @@ class Batch:
     # the levels: the bare network, which several processes need not compute in step
     target: Callable[..., Tensor] | None = None  # the same of its average, without gradient (needs_target)
     second_teacher: Callable[..., Tensor] | None = None  # another D(x, sigma, label) (needs_second_teacher)
+    own: Any = None  # a network that the objective itself put there before training (`prepare.Run.own`)
+    entry: Entrance | None = None  # what the student's call for x0 was given; None in the critic's step
     progress: float = 0.0  # how much of the run is over, 0 to 1
     generator: torch.Generator | None = None  # for draws of the objective's own, on x0's device
 

@@ -53,10 +53,10 @@ class Distillation:
         self.ema = copy.deepcopy(run.generator).eval().requires_grad_(False)
         self.target = copy.deepcopy(self.ema) if self.needs.target or self.needs.snapshots else None
         speed.apply(run.generator, self.ema)
-        for module in (run.fake, run.teacher):
+        for module in (run.fake, run.teacher, run.own):
             if isinstance(module, nn.Module):
                 speed.apply(module)
-        learned = {name: module for name, module in (("fake", run.fake), ("ratio", run.ratio))
+        learned = {name: module for name, module in (("fake", run.fake), ("ratio", run.ratio), ("own", run.own))
                    if isinstance(module, nn.Module)}
         self.critic = nn.ModuleDict(learned) if learned else None
         self.optimizers = {"generator": _adam(run.generator, settings.learning_rate)}
@@ -66,6 +66,7 @@ class Distillation:
         self.student = parallel.wrap(run.generator)
         self.fake = parallel.wrap(run.fake) if isinstance(run.fake, nn.Module) else run.fake
         self.ratio = parallel.wrap(run.ratio) if run.ratio is not None else None
+        self.own = parallel.wrap(run.own) if run.own is not None else None
         self.latest: dict[str, Tensor] = {}
         self.checked: set[str] = set()
         self.progress = 0.0
@@ -106,10 +107,11 @@ class Distillation:
         real = self.run.real(self.settings.batch_size) if self.run.real is not None else (None, None)
         total = torch.zeros((), device=self.device)
         for k, i in enumerate(self.pieces):
-            batch = self._batch(drawn.x0[k].detach(), drawn.label[k], whole, i, self.fake, self.ratio)
+            batch = self._batch(drawn.x0[k].detach(), drawn.label[k], whole, i, self.fake, self.ratio, self.own)
             batch.real, batch.real_label = (None if values is None else values[i] for values in real)
             last = i is self.pieces[-1]
-            with parallel.last_only(self.fake, last), parallel.last_only(self.ratio, last):
+            with parallel.last_only(self.fake, last), parallel.last_only(self.ratio, last), parallel.last_only(
+                    self.own, last):
                 loss = self._checked("critic_loss", self.objective.critic_loss(batch), batch)  # type: ignore[attr-defined]
                 piece = loss.mean() / self.settings.accumulate
                 training.backward(piece, self.optimizers["critic"])
@@ -128,8 +130,9 @@ class Distillation:
                 made = drawn.x0[k]
                 if needs.samples and not made.requires_grad:
                     made = drawn.entries[k].into(self.student, drawn.label[k])
-                # The bare fake and ratio here: gradients pass through them, and their own are not wanted.
-                batch = self._batch(made, drawn.label[k], whole, i, self.run.fake, self.run.ratio)
+                # The bare critics here: gradients pass through them, and their own are not wanted.
+                batch = self._batch(made, drawn.label[k], whole, i, self.run.fake, self.run.ratio, self.run.own)
+                batch.entry = drawn.entries[k] if needs.samples else None
                 batch.real, batch.real_label = (None if values is None else values[i] for values in real)
                 if pairs is not None:
                     mine = pairs[i]
@@ -172,14 +175,14 @@ class Distillation:
 
     def _batch(
         self, x0: Tensor, label: Tensor | None, whole: tuple[Tensor, Tensor, Tensor | None], i: slice, fake: Any,
-        ratio: Any,
+        ratio: Any, own: Any,
     ) -> Batch:
         sigma, noise, uniform = (None if values is None else values[i] for values in whole)
         return Batch(
             x0, sigma, noise, self.run.teacher, fake, label, ratio, sigma_data=self.run.sigma_data, uniform=uniform,  # type: ignore[arg-type]
             student=at_any_level(self.student), frozen=at_any_level(self.run.generator),
             target=None if self.target is None else at_any_level(self.target),
-            second_teacher=self.run.second_teacher, progress=self.progress, generator=self.rng,
+            second_teacher=self.run.second_teacher, own=own, progress=self.progress, generator=self.rng,
         )
 
     def _checked(self, method: str, loss: Any, batch: Batch) -> Tensor:
@@ -211,7 +214,8 @@ def at_any_level(generator: Any) -> Callable[..., Tensor]:
 
 def _adam(module: nn.Module, rate: float) -> torch.optim.Optimizer:
     # beta1 = 0: both play a game whose gradients turn, and momentum overshoots (as SiD's and StyleGAN's Adam).
-    return torch.optim.Adam(module.parameters(), rate, betas=(0.0, 0.99), fused=True)
+    free = [parameter for parameter in module.parameters() if parameter.requires_grad]  # an objective may hold some
+    return torch.optim.Adam(free, rate, betas=(0.0, 0.99), fused=True)
 
 
 def train(

@@ -12,7 +12,7 @@ from torch import Tensor
 from minidistill import _validate
 from minidistill.distillation.batch import Batch
 
-__all__ = ["Needs", "Objective", "Terms", "check_losses", "term_gradients"]
+__all__ = ["Around", "Needs", "Objective", "Terms", "Through", "check_losses", "term_gradients", "terms_of"]
 
 
 class Objective(Protocol):
@@ -85,6 +85,41 @@ class Terms:
 
     def generator_loss(self, batch: Batch) -> Tensor:
         return reduce(torch.add, self.terms(batch).values())
+
+
+class Around(Terms):
+    """An objective around another, `objective`: what it does not say itself, needs included, is what that one says."""
+
+    objective: Any
+
+    def __getattr__(self, name: str) -> Any:
+        inner = None if name.startswith("__") else self.__dict__.get("objective")  # as it is copied there is none yet
+        if inner is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(inner, name)
+
+
+class Through(Around):
+    """An objective that another one sees the batch through: `see` changes it, for both losses."""
+
+    def see(self, batch: Batch) -> Batch:
+        raise NotImplementedError
+
+    @property
+    def needs_fake(self) -> bool:
+        return Needs.of(self.objective).fake
+
+    def critic_loss(self, batch: Batch) -> Tensor:
+        loss: Tensor = self.objective.critic_loss(self.see(batch))
+        return loss
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        return terms_of(self.objective, self.see(batch))
+
+
+def terms_of(objective: Any, batch: Batch) -> dict[str, Tensor]:
+    """An objective's terms by name, or its one loss."""
+    return objective.terms(batch) if hasattr(objective, "terms") else {"loss": objective.generator_loss(batch)}
 
 
 def term_gradients(objective: Any, batch: Batch, wrt: Any) -> dict[str, list[Tensor]]:

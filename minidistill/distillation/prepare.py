@@ -19,7 +19,9 @@ from minidistill.distillation.pairs import Pairs, make_pairs
 from minidistill.distillation.settings import Settings
 from minidistill.networks import MLP, Correction, Denoiser, Discriminator, FeatureDiscriminator, Generator, told_where
 
-__all__ = ["Real", "Run", "check_data", "device_of", "has_weights", "prepare", "real_samples", "shape_of"]
+__all__ = [
+    "Real", "Run", "check_data", "device_of", "has_weights", "own_denoiser", "prepare", "real_samples", "shape_of",
+]
 
 Real = Callable[[int], "tuple[Tensor, Tensor | None]"]  # n -> (samples, labels)
 
@@ -37,6 +39,7 @@ class Run:
     sigma_data: float
     pairs: Pairs | None = None
     second_teacher: Callable[..., Tensor] | None = None
+    own: nn.Module | None = None  # a critic of another kind, which an objective makes before training
 
 
 def has_weights(teacher: object) -> bool:
@@ -115,6 +118,19 @@ def _fake(
         raise TypeError(f"teacher is {type(teacher).__name__}; this objective reads features: wanted one with "
                         ".features(x, sigma, label), or an exact teacher")
     return fake
+
+
+def own_denoiser(run: Run, settings: Settings, told: bool = False) -> nn.Module:
+    """A network D(x, sigma, label) for `Run.own`: a copy of the teacher where that has weights, else a new one. `told`,
+    it is told a further number, by `to`, as jumps are where they go (`networks.jumps`); TypeError if it can't be."""
+    if has_weights(run.teacher):
+        own: Any = copy.deepcopy(run.teacher)
+    else:
+        network = MLP(run.generator.shape, n_classes=run.generator.n_classes, centre=_centre(settings))
+        own = Denoiser(network, settings.sigma_data)
+    if told:
+        own.network = told_where(own.network)
+    return own.to(device_of(run.generator)).train().requires_grad_(True)
 
 
 def _ratio(teacher: Any, trained: bool, settings: Settings, shape: tuple[int, ...], n_classes: int) -> nn.Module:

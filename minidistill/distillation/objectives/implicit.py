@@ -19,14 +19,16 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from minidistill import _validate
 from minidistill.distillation.batch import Batch, dmd_scale, no_weights, per_sample
 from minidistill.distillation.objective import Terms
 from minidistill.distillation.objectives.adversarial import adversarial
 from minidistill.distillation.objectives.matching import fake_loss
 from minidistill.divergences import ScoreDistance
+from minidistill.score_matching import edm_weight
 
 __all__ = [
-    "HALF_SQUARED_L2", "AdversarialScoreIdentity", "ScoreIdentity", "ScoreImplicitMatching", "feature_logit",
+    "HALF_SQUARED_L2", "AdversarialScoreIdentity", "RealUID", "ScoreIdentity", "ScoreImplicitMatching", "feature_logit",
     "implicit_loss",
 ]
 
@@ -144,6 +146,50 @@ class AdversarialScoreIdentity(Terms):
         loss, scale = implicit_loss(batch, HALF_SQUARED_L2, self.alpha, self.normalise)
         logit = feature_logit(batch.fake, batch.xt, batch.sigma, batch.label)
         return {"identity": loss, "adversarial": self.weight * adversarial(logit, batch, scale)}
+
+
+@dataclass(frozen=True)
+class RealUID(Terms):
+    """Inverse distillation with real data (Kornilov 2025, arXiv 2509.22459). The fake network learns
+
+        alpha |D_q(x_t) - (beta / alpha) x0|^2 + (1 - alpha) |D_q(y_t) - ((1 - beta) / (1 - alpha)) y|^2,    y real,
+
+    and the student minimises (alpha / 2) (|D_p - (beta / alpha) x0|^2 - |D_q - (beta / alpha) x0|^2), gradient through
+    both networks' inputs: one game, whose value is 0 where the laws are equal. With data in the fake's loss a wrong
+    teacher can be corrected. alpha = beta = 1 is UID without data: Fisher's divergence, `ScoreIdentity(0.5)`.
+
+    alpha, beta: 0.92 and 0.94 in the paper, without classes. normalise: DMD's per-sample scale.
+    """
+
+    alpha: float = 0.92
+    beta: float = 0.94
+    normalise: bool = True
+    gradient_clip: float = 1.0
+    needs_ratio = False
+    needs_real = True
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta"):
+            if not 0 < _validate.number(name, getattr(self, name)) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}: wanted a number above 0 and at most 1")
+        if self.alpha == 1 and self.beta != 1:
+            raise ValueError(f"beta={self.beta!r} with alpha=1, which leaves data out: wanted beta=1")
+
+    def critic_loss(self, batch: Batch) -> Tensor:
+        xt, x0, sigma, label = batch.real_and_fake()
+        real, fake = (values.flatten(1) for values in batch.fake(xt, sigma, label).chunk(2))
+        y, x = (values.flatten(1) for values in x0.chunk(2))
+        loss = self.alpha * (fake - self.beta / self.alpha * x).square().mean(1)
+        if self.alpha < 1:
+            loss = loss + (1 - self.alpha) * (real - (1 - self.beta) / (1 - self.alpha) * y).square().mean(1)
+        return edm_weight(batch.sigma, batch.sigma_data) * loss
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        teacher_x0, fake_x0 = batch.denoise_both(batch.xt)
+        scale = dmd_scale(batch.x0, teacher_x0, batch.sigma_data) if self.normalise else no_weights(teacher_x0)
+        teachers, fakes = (x - self.beta / self.alpha * batch.x0 for x in (teacher_x0, fake_x0))
+        loss = self.alpha / 2 * per_sample(teachers.square() - fakes.square()) / batch.sigma_data**2
+        return {"identity": scale.flatten() * loss}
 
 
 def feature_logit(fake: Any, x: Tensor, sigma: Tensor, label: Tensor | None) -> Tensor:

@@ -3,22 +3,26 @@
 m = alpha p + (1 - alpha) q has the score rho s_p + (1 - rho) s_q, rho = alpha r / (alpha r + 1 - alpha), so one
 number a sample, the ratio r = p / q, turns the teacher's and the fake's denoisers into the mixture's:
 D_alpha = rho D_p + (1 - rho) D_q. What would be a third network is a logit, and it can be learned by denoising.
+Without a teacher one network that is told alpha learns all of D_alpha, of which D_1 = D_p and D_0 = D_q, from data.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from minidistill import _validate
-from minidistill.distillation.batch import Batch, dmd_scale, no_weights, per_sample
+from minidistill.distillation.batch import Batch, column, dmd_scale, no_weights, per_sample
 from minidistill.distillation.objective import Terms
+from minidistill.distillation.prepare import own_denoiser
+from minidistill.distillation.settings import Settings
 from minidistill.score_matching import edm_weight
 
-__all__ = ["LEAST", "ScoreOfMixture"]
+__all__ = ["LEAST", "ScoreOfMixture", "ScoreOfMixtureTraining"]
 
 LEAST = 1e-3  # alpha keeps away from 0 and 1, where D_alpha says nothing about the ratio
 
@@ -83,3 +87,59 @@ class ScoreOfMixture(Terms):
         if self.alpha is None and batch.uniform is not None:
             return batch.uniform.clamp(LEAST, 1 - LEAST)
         return torch.full_like(batch.sigma, 0.5 if self.alpha is None else self.alpha)
+
+
+@dataclass(frozen=True)
+class ScoreOfMixtureTraining(Terms):
+    """SMT (Jayashankar 2025): the same from data alone, without a teacher. One denoiser D(x, sigma, alpha) learns
+
+        alpha W |D(y_real) - x_real|^2 + (1 - alpha) W |D(y_fake) - x_fake|^2,
+
+    whose minimiser is the mixture's, and as h (s_p - s_q) = (s_m - s_q) / alpha the student goes along
+    (D_alpha - D_0) / alpha.
+
+    least: of the student's alpha, drawn evenly from there to 1: a difference of two outputs over alpha is the noisier
+        the smaller that is. The network's alpha is drawn from 0 to 1 and as often as not is one of the two ends, which
+        the student always asks for.
+    normalise: DMD's per-sample scale with D_1 for the teacher; off, the gradient is that of (sigma / sigma_data)^2
+        times the divergence exactly.
+    """
+
+    least: float = 0.1
+    normalise: bool = True
+    needs_real = True
+    needs_fake = False
+    needs_uniform = True
+
+    def __post_init__(self) -> None:
+        if not 0 < _validate.number("least", self.least) <= 1:
+            raise ValueError(f"least={self.least!r}: wanted a number above 0 and at most 1")
+
+    def before_training(self, run: Any, settings: Settings) -> None:
+        run.own = own_denoiser(run, settings, told=True)
+
+    def critic_loss(self, batch: Batch) -> Tensor:
+        assert batch.uniform is not None
+        xt, x0, sigma, label = batch.real_and_fake()
+        alpha = (2 * batch.uniform - 0.5).clamp(0, 1)
+        made = mixtures_denoiser(batch.own, xt, sigma, alpha.repeat(2), label, batch.sigma_data)
+        real, fake = (made - x0).square().flatten(1).mean(1).chunk(2)
+        return edm_weight(batch.sigma, batch.sigma_data) * (alpha * real + (1 - alpha) * fake)
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        assert batch.uniform is not None
+        alpha = self.least + (1 - self.least) * batch.uniform
+        with torch.no_grad():
+            xt, ends = batch.xt, (alpha, torch.zeros_like(alpha), torch.ones_like(alpha))
+            mixed, fake_x0, real_x0 = (
+                mixtures_denoiser(batch.own, xt, batch.sigma, a, batch.label, batch.sigma_data) for a in ends)
+            scale = dmd_scale(batch.x0, real_x0, batch.sigma_data) if self.normalise else no_weights(xt)
+            direction = scale * (mixed - fake_x0) / column(alpha, xt) / batch.sigma_data**2
+        return {"mixture": -per_sample(direction * batch.x0)}
+
+
+def mixtures_denoiser(
+    own: Any, x: Tensor, sigma: Tensor, alpha: Tensor, label: Tensor | None, sigma_data: float
+) -> Tensor:
+    """D(x, sigma, alpha), alpha (n,), of a network that was made to be told where a jump goes: alpha is the angle."""
+    return own(x, sigma, label, sigma_data * alpha.tan())
