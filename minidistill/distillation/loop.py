@@ -110,8 +110,7 @@ class Distillation:
             batch = self._batch(drawn.x0[k].detach(), drawn.label[k], whole, i, self.fake, self.ratio, self.own)
             batch.real, batch.real_label = (None if values is None else values[i] for values in real)
             last = i is self.pieces[-1]
-            with parallel.last_only(self.fake, last), parallel.last_only(self.ratio, last), parallel.last_only(
-                    self.own, last):
+            with parallel.last_only(last, self.fake, self.ratio, self.own):
                 loss = self._checked("critic_loss", self.objective.critic_loss(batch), batch)  # type: ignore[attr-defined]
                 piece = loss.mean() / self.settings.accumulate
                 training.backward(piece, self.optimizers["critic"])
@@ -126,7 +125,7 @@ class Distillation:
         real = self.run.real(self.settings.batch_size) if wants_real else (None, None)  # type: ignore[misc]
         total = torch.zeros((), device=self.device)
         for k, i in enumerate(self.pieces):
-            with parallel.last_only(self.student, i is self.pieces[-1]):
+            with parallel.last_only(i is self.pieces[-1], self.student):
                 made = drawn.x0[k]
                 if needs.samples and not made.requires_grad:
                     made = drawn.entries[k].into(self.student, drawn.label[k])
@@ -214,8 +213,7 @@ def at_any_level(generator: Any) -> Callable[..., Tensor]:
 
 def _adam(module: nn.Module, rate: float) -> torch.optim.Optimizer:
     # beta1 = 0: both play a game whose gradients turn, and momentum overshoots (as SiD's and StyleGAN's Adam).
-    free = [parameter for parameter in module.parameters() if parameter.requires_grad]  # an objective may hold some
-    return torch.optim.Adam(free, rate, betas=(0.0, 0.99), fused=True)
+    return torch.optim.Adam((p for p in module.parameters() if p.requires_grad), rate, betas=(0.0, 0.99), fused=True)
 
 
 def train(

@@ -123,7 +123,7 @@ def train_denoiser(
             training.set_learning_rate(optimizer, learning_rate * training.schedule(state.step, steps, warmup, hold))
             loss = torch.zeros((), device=device)
             for number, i in enumerate(mine, 1):
-                with parallel.last_only(model, number == len(mine)):
+                with parallel.last_only(number == len(mine), model):
                     label = None if classes is None else classes[i]
                     weight = edm_weight(sigma[i], sigma_data)
                     piece = denoising_loss(model, x0[i], sigma[i], noise[i], label, weight).mean() / len(mine)

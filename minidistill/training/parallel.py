@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from multiprocessing.connection import wait
 from typing import Any
@@ -141,9 +141,14 @@ def parts(batch_size: int, accumulate: int = 1) -> list[slice]:
     return [slice((first + i) * size, (first + i + 1) * size) for i in range(accumulate)]
 
 
-def last_only(module: Any, last: bool) -> AbstractContextManager[Any]:
+@contextmanager
+def last_only(last: bool, *modules: Any) -> Iterator[None]:
     """Average gradients over processes only in the last of several accumulated backward passes."""
-    return nullcontext() if last or not isinstance(module, DistributedDataParallel) else module.no_sync()
+    with ExitStack() as stack:
+        for module in modules:
+            if not last and isinstance(module, DistributedDataParallel):
+                stack.enter_context(module.no_sync())
+        yield
 
 
 def total(values: Tensor) -> Tensor:
