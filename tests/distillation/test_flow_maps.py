@@ -130,6 +130,43 @@ def test_improved_mean_flow_is_mean_flow_where_the_velocity_is_exact():
     assert not torch.allclose(by_hand, MeanFlow(**PLAIN).generator_loss(batch), rtol=1e-3)
 
 
+def test_an_auxiliary_network_tells_the_velocity():
+    """An exact one stands for the exact student's diagonal; of a wrong one the derivative is along its own velocity.
+    Its loss is denoising, each level's weighed to about 1, which the exact denoiser's is."""
+    rule, plain = ImprovedMeanFlow(auxiliary=True, **PLAIN), ImprovedMeanFlow(**PLAIN)
+    batch = batch_of(plain, own=denoiser)
+    torch.testing.assert_close(rule.generator_loss(batch), plain.generator_loss(batch), rtol=1e-9, atol=1e-12)
+    batch.own = lambda x, sigma, label=None: 0.8 * denoiser(x, sigma)
+    z, r, t, v = rule.start(batch)
+    tt = column(t, z)
+    u, h, own = mean_velocity(flow, STD, None), 1e-5, (z - batch.own(STD * z / (1 - tt), STD * t / (1 - t)) / STD) / tt
+    rate = (u(z + h * own, r, t + h) - u(z - h * own, r, t - h)) / (2 * h)
+    by_hand = per_sample((u(z, r, t) + column(t - r, z) * rate - v).square())
+    torch.testing.assert_close(rule.generator_loss(batch), by_hand, rtol=1e-6, atol=1e-8)
+    batch = batch_of(plain, n=20_000, own=denoiser)
+    assert float(rule.critic_loss(batch).mean()) == pytest.approx(3, rel=0.03)  # dimensions
+
+
+def test_the_auxiliary_network_learns_and_the_others_train_none():
+    """From real samples, towards the exact denoiser."""
+    kept, exact, x = {}, ring(), 2 * normal(500, 2).float()
+
+    class Seen(ImprovedMeanFlow):
+        def before_training(self, run, settings):
+            super().before_training(run, settings)
+            kept["own"] = run.own
+
+    errors = []
+    for steps in (1, 300):
+        done = distill(exact, objective=Seen(auxiliary=True, teacher=False), steps=steps, batch_size=128,
+                       progress=False)
+        errors.append(float((kept["own"](x, 1.0) - exact(x, 1.0)).detach().square().mean().sqrt()))
+    assert errors[1] < 0.3 * errors[0]
+    assert done.fake is None
+    assert "critic" in done.history[-1]
+    assert "critic" not in distill(exact, objective=ImprovedMeanFlow(), steps=2, progress=False).history[-1]
+
+
 def test_alpha_flow_is_the_papers_at_every_alpha():
     """The gradient of |u - (alpha v + (1 - alpha) u(z_s, r, s))|^2 / alpha, s = t - alpha (t - r)."""
     for alpha in (0.05, 0.5, 1.0):
@@ -206,7 +243,8 @@ def test_the_two_times_are_two_draws_in_order():
     assert torch.equal(r, t)
 
 
-@pytest.mark.parametrize("rule", [MeanFlow(), ImprovedMeanFlow(), AlphaFlow(), FlowMap()])
+@pytest.mark.parametrize("rule", [
+    MeanFlow(), ImprovedMeanFlow(), ImprovedMeanFlow(auxiliary=True), AlphaFlow(), FlowMap()])
 def test_students_that_jump_come_out(rule):
     """From the ring's samples, and from a trained teacher's weights; jumps compose and any number of calls samples."""
     assert (Needs.of(rule).route, Needs.of(rule).samples, Needs.of(rule).fake) == ("jump", False, False)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from minidistill import _validate
 from minidistill._autodiff import jvp
 from minidistill.distillation.batch import Batch, column, per_sample
 from minidistill.distillation.objective import Terms
+from minidistill.distillation.prepare import own_denoiser
 from minidistill.distillation.settings import Settings
 from minidistill.networks.jumps import TOP
 from minidistill.training import parallel
@@ -84,7 +86,7 @@ class MeanFlow(Terms):
         u = mean_velocity(batch.student, batch.sigma_data, batch.real_label)  # type: ignore[arg-type]
         frozen = mean_velocity(batch.frozen or batch.student, batch.sigma_data, batch.real_label)  # type: ignore
         with torch.no_grad():
-            rate = self.rate(frozen, z, r, t, self.along(frozen, z, t, v), batch)
+            rate = self.rate(frozen, z, r, t, self.along(frozen, z, t, v, batch), batch)
             wanted = v - column(t - r, z) * rate
         return {"flow": self.weighted(u(z, r, t) - wanted)}
 
@@ -98,7 +100,7 @@ class MeanFlow(Terms):
         z = (1 - tt) * x0 + tt * batch.noise
         v = batch.noise - x0
         if self.teacher:
-            v = _teachers_velocity(batch, z, t)
+            v = _velocity(batch.teacher, batch, z, t)
         return z, r, t, v
 
     def to_where(self, uniform: Tensor, t: Tensor) -> Tensor:
@@ -110,7 +112,7 @@ class MeanFlow(Terms):
         r = (mean + std * torch.special.ndtri(below.clamp(min=1e-7))).sigmoid()
         return torch.where(uniform < self.diagonal, 1.0, (r / t).clamp(max=1.0))
 
-    def along(self, frozen: Callable[..., Tensor], z: Tensor, t: Tensor, v: Tensor) -> Tensor:
+    def along(self, frozen: Callable[..., Tensor], z: Tensor, t: Tensor, v: Tensor, batch: Batch) -> Tensor:
         """What dz/dt is in the derivative along the path."""
         return v
 
@@ -135,10 +137,33 @@ class ImprovedMeanFlow(MeanFlow):
     Written as there, V = u + (t - r) sg(du/dt) is fitted to e - x0. A prediction of a sample's velocity must not look
     at the sample, so the path that the derivative follows is the student's. Where that is the true velocity the target
     is mean flow's in the mean, without the noise that e - x0 brings into the derivative.
+
+    auxiliary: that velocity from a network of its own, trained beside the student to denoise the real samples, in the
+        place of the student's diagonal. The paper's is a second head of the student's network; neither is asked once
+        the student is trained.
     """
 
-    def along(self, frozen: Callable[..., Tensor], z: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        return frozen(z, t, t)
+    auxiliary: bool = False
+    needs_fake = False
+    critic_steps = 1
+
+    @property
+    def needs_student_real(self) -> bool:
+        return self.auxiliary
+
+    def before_training(self, run: Any, settings: Settings) -> None:
+        if self.auxiliary:
+            run.own = own_denoiser(run, settings)
+
+    def critic_loss(self, batch: Batch) -> Tensor:
+        assert batch.own is not None
+        assert batch.real is not None
+        x = batch.real + column(batch.sigma, batch.real) * batch.noise
+        error = per_sample((batch.own(x, batch.sigma, batch.real_label) - batch.real).square())
+        return error * (1 / batch.sigma.square() + 1 / batch.sigma_data**2)
+
+    def along(self, frozen: Callable[..., Tensor], z: Tensor, t: Tensor, v: Tensor, batch: Batch) -> Tensor:
+        return _velocity(batch.own, batch, z, t) if self.auxiliary else frozen(z, t, t)
 
 
 @dataclass(frozen=True)
@@ -194,7 +219,7 @@ class FlowMap(MeanFlow):
         mean, rate = self.in_where(u, z, r, t)
         with torch.no_grad():
             there, low = z - span * mean, r.clamp(min=1e-3)  # a velocity is not asked at 0
-            v_there = _teachers_velocity(batch, there, low) if self.teacher else frozen(there, low, low)
+            v_there = _velocity(batch.teacher, batch, there, low) if self.teacher else frozen(there, low, low)
             wanted = torch.where(span > 0, v_there, v)
         return {"flow": self.weighted(mean - span * rate - wanted)}
 
@@ -219,8 +244,8 @@ def backward_difference(
     return change / column(h, z).clamp(min=torch.finfo(z.dtype).tiny)
 
 
-def _teachers_velocity(batch: Batch, z: Tensor, t: Tensor) -> Tensor:
+def _velocity(denoiser: Callable[..., Tensor], batch: Batch, z: Tensor, t: Tensor) -> Tensor:
     """(z - D) / t in flow's coordinates, without gradient."""
     tt, scale = column(t, z), batch.sigma_data
     with torch.no_grad():
-        return (z - batch.teacher(scale * z / (1 - tt), scale * t / (1 - t), batch.real_label) / scale) / tt
+        return (z - denoiser(scale * z / (1 - tt), scale * t / (1 - t), batch.real_label) / scale) / tt
