@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["derivative", "differentiable", "in_forward_mode", "jvp", "ordinary", "vjp"]
+__all__ = ["derivative", "differentiable", "in_forward_mode", "jvp", "load_forward_mode", "ordinary", "vjp"]
 
 _FORWARD = ContextVar("forward", default=False)
 
@@ -55,7 +55,7 @@ def jvp(
 
     Raises RuntimeError, with the way round it, where an operation of the function has no forward derivative.
     """
-    _load_forward_mode()
+    load_forward_mode()
     earlier = _FORWARD.set(True)
     with differentiable():
         try:
@@ -89,7 +89,7 @@ def ordinary(value: Any) -> Any:
 
 
 @lru_cache(maxsize=1)
-def _load_forward_mode() -> None:
+def load_forward_mode() -> None:
     """Torch loads its forward mode when it is first used, and newer releases warn of something of their own then."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

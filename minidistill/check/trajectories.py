@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minidistill._autodiff import load_forward_mode
 from minidistill.check import ours
 from minidistill.check._core import Case, points, report
 
@@ -112,6 +113,7 @@ def _gaussian_jump(x: Tensor, sigma: float, to: float) -> Tensor:
 
 def mean_flow_target(f: Callable[..., Any]) -> bool:
     """11, exercise 3: f(u, z, r, t, v) is v - (t - r) du/dt, (n, d), with the derivative along dz/dt = v, r held."""
+    load_forward_mode()  # torch warns at its first use, and that is not the learner's doing
     z, v = points(6), points(6, seed=1)
     r, t = torch.linspace(0.1, 0.5, 6), torch.linspace(0.3, 0.9, 6)
     cases: list[Case] = []
