@@ -41,11 +41,12 @@ from minidistill.metrics import evaluation, features, frechet_distance
 from minidistill.networks import MLP, Denoiser, Generator
 from minidistill.networks.jumps import HIGHEST
 from minidistill.studies import rows
+from minidistill.studies.trajectories import CALLS
 from minidistill.teachers import train_denoiser
 from minidistill.training import checkpoints
 
 __all__ = [
-    "CALLS", "LONGER", "N", "SMOOTH", "STEPS", "STUDIES", "TEACHER_STEPS", "TRAJECTORIES", "PartlyFrozen", "command",
+    "LONGER", "N", "SMOOTH", "STEPS", "STUDIES", "TEACHER_STEPS", "TRAJECTORIES", "PartlyFrozen", "command",
     "digits", "options", "read", "run", "settings", "teacher_of",
 ]
 
@@ -81,9 +82,9 @@ TRAJECTORIES: dict[str, str | Objective | None] = {
     "ctm": ConsistencyTrajectory(longest=3, landing=1.0, whole=0.5, sigma_init=HIGHEST),
     "reflow": Reflow(sigma_init=HIGHEST),
 }
-#: Of the students that know a way down, and octaves of their teacher's noise embedding in place of its eight: the
-#: derivative in the noise level that they learn from grows with the highest of them.
-CALLS, SMOOTH = (1, 2, 4, 8), 4
+#: Octaves of their teacher's noise embedding in place of its eight: the derivative in the noise level that they learn
+#: from grows with the highest of them.
+SMOOTH = 4
 #: "start" is what every student is before its first step, one call of the teacher.
 STUDIES: dict[str, dict[str, str | Objective | None]] = {
     "objectives": {"start": None, **{name: name for name in OBJECTIVES}},

@@ -39,7 +39,7 @@ def exact_paths(target: GaussianMixture, top: float = TOP, seed: int = 0) -> tup
     levels = [*(math.tan(math.atan(TOP) + i * turn) for i in range(above - 1, 0, -1)), *angles(STEPS, TOP), 0.0]
     levels = [top, *levels] if above else levels
     sigmas = target.sigma_data * torch.tensor(levels, dtype=torch.float64)
-    exact = GaussianMixture(target.means.double(), target.covs.double(), target.weights.double())
+    exact = target.to(torch.float64)
     path = heun(exact, sigmas[0] * z, sigmas, trajectory=True)
     return z, path[-STEPS - 1 :: STEPS // (len(LEVELS) - 1)]
 
