@@ -27,6 +27,7 @@ from minidistill.distillation.objectives import (
     AdversarialScoreIdentity,
     AlphaFlow,
     AsynchronousScore,
+    BoundedPull,
     ClassRatio,
     Consistency,
     ConsistencyTrajectory,
@@ -65,10 +66,10 @@ from minidistill.networks import draw
 
 __all__ = [
     "DMD", "DMD2", "GAN", "OBJECTIVES", "SCHEDULES", "AdversarialScoreIdentity", "AlphaFlow", "AsynchronousScore",
-    "Batch", "ClassRatio", "Consistency", "ConsistencyTrajectory", "ContinuousConsistency", "Diagnosis", "Distilled",
-    "DistributionMatching", "Drifting", "EasyConsistency", "EmbeddingLoss", "EnergyScore", "Flow", "FlowMap",
-    "ImprovedMeanFlow", "MeanDiscrepancy", "MeanFlow", "MomentMatching", "Needs", "Objective", "Progressive", "RealUID",
-    "Reflow", "Regression", "ScoreDistillation", "ScoreForgetting", "ScoreIdentity", "ScoreImplicitMatching",
+    "Batch", "BoundedPull", "ClassRatio", "Consistency", "ConsistencyTrajectory", "ContinuousConsistency", "Diagnosis",
+    "Distilled", "DistributionMatching", "Drifting", "EasyConsistency", "EmbeddingLoss", "EnergyScore", "Flow",
+    "FlowMap", "ImprovedMeanFlow", "MeanDiscrepancy", "MeanFlow", "MomentMatching", "Needs", "Objective", "Progressive",
+    "RealUID", "Reflow", "Regression", "ScoreDistillation", "ScoreForgetting", "ScoreIdentity", "ScoreImplicitMatching",
     "ScoreMismatching", "ScoreOfMixture", "ScoreOfMixtureTraining", "Settings", "SinkhornDivergence", "Terms",
     "UniInstruct", "WassersteinFlow", "backtracking", "diagnose", "distill", "draw", "particle_flow", "term_gradients",
     "wasserstein_flow",

@@ -12,7 +12,6 @@ import argparse
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,53 +21,35 @@ from torch import Tensor
 from minidistill import _validate, data
 from minidistill._random import seeded
 from minidistill.distillation import (
+    GAN,
     OBJECTIVES,
-    Batch,
     Consistency,
     ConsistencyTrajectory,
     ContinuousConsistency,
+    Drifting,
     Needs,
     Objective,
     Reflow,
-    Terms,
     diagnose,
     distill,
     draw,
 )
-from minidistill.distillation.batch import dmd_scale, per_sample
-from minidistill.distillation.objectives import fake_loss
 from minidistill.metrics import evaluation, features, frechet_distance
 from minidistill.networks import MLP, Denoiser, Generator
 from minidistill.networks.jumps import HIGHEST
 from minidistill.studies import rows
 from minidistill.studies.trajectories import CALLS
+from minidistill.studies.variants import PartlyFrozen
 from minidistill.teachers import train_denoiser
 from minidistill.training import checkpoints
 
 __all__ = [
-    "LONGER", "N", "SMOOTH", "STEPS", "STUDIES", "TEACHER_STEPS", "TRAJECTORIES", "PartlyFrozen", "command",
-    "digits", "options", "read", "run", "settings", "teacher_of",
+    "LONGER", "N", "SMOOTH", "STEPS", "STUDIES", "TEACHER_STEPS", "TRAJECTORIES", "command", "digits", "options",
+    "read", "run", "settings", "teacher_of",
 ]
 
 TEACHER_STEPS, STEPS = 2500, 1000
 N, KEPT = 4000, 100  # samples that are measured, and of those kept for pictures: ten of each class
-
-
-@dataclass(frozen=True)
-class PartlyFrozen(Terms):
-    """`sim_l2` without the gradient through one of its two parts: the gap y = D_q - D_p, or D_q in the residual. With
-    both frozen it has reverse KL's gradient."""
-
-    frozen: str  # "y" or "D_q"
-
-    def critic_loss(self, batch: Batch) -> Tensor:
-        return fake_loss(batch)
-
-    def terms(self, batch: Batch) -> dict[str, Tensor]:
-        teacher_x0, fake_x0 = batch.denoise_both(batch.xt)
-        y, scale = fake_x0 - teacher_x0, dmd_scale(batch.x0, teacher_x0, batch.sigma_data)
-        y, fake_x0 = (y.detach(), fake_x0) if self.frozen == "y" else (y, fake_x0.detach())
-        return {"implicit": -2 * per_sample(scale * y * (fake_x0 - batch.x0)) / batch.sigma_data**2}
 
 
 #: What learns a way down, for so many times the steps. All from EDM's highest level: at 20 standard deviations of the
@@ -90,6 +71,11 @@ STUDIES: dict[str, dict[str, str | Objective | None]] = {
     "objectives": {"start": None, **{name: name for name in OBJECTIVES}},
     "frozen": {f"only {part} frozen": PartlyFrozen(part) for part in ("y", "D_q")},
     "trajectories": TRAJECTORIES,
+    # What needs no scores: seen through the teacher's features, with most of its weights held, from other starts.
+    "no scores": {
+        "drifting, features": Drifting(features_at=1.0), "gan, frozen": GAN(frozen=True),
+        "class_ratio, new student": "class_ratio", "class_ratio, teacher's features": "class_ratio",
+    },
 }
 
 
@@ -107,6 +93,20 @@ def teacher_of(folder: str | Path, steps: int = TEACHER_STEPS, smooth: bool = Fa
     if not isinstance(teacher, Denoiser):
         raise ValueError(f"{file} is a student; wanted a teacher there, or nothing")
     return teacher
+
+
+def start_of(teacher: Denoiser, name: str, seed: int) -> Generator | None:
+    """The student that a trial begins with, if its name says so: a new one, or one that has the teacher's inner layers,
+    its features, but neither the layer that reads samples nor the one that writes them. None: a copy of the teacher."""
+    if "new student" not in name and "teacher's features" not in name:
+        return None
+    with seeded(seed):
+        fresh = MLP((1, 8, 8), hidden=256, depth=4, n_classes=10)
+    if "teacher's features" in name:
+        inner = {key: value for key, value in teacher.network.state_dict().items()
+                 if not key.startswith(("inward", "outward"))}
+        fresh.load_state_dict(inner, strict=False)
+    return Generator(Denoiser(fresh, teacher.sigma_data), 1.5 * teacher.sigma_data)
 
 
 def settings(teacher: Denoiser, objective: str | Objective, steps: int = STEPS) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def run(study: str, name: str, seed: int, folder: str, steps: int = STEPS) -> di
         student = Generator(copy.deepcopy(teacher), 1.5 * teacher.sigma_data)
     else:
         made = distill(
-            teacher, objective=rule, seed=seed, progress=False, **settings(teacher, rule, steps),
+            teacher, start_of(teacher, name, seed), rule, seed=seed, progress=False, **settings(teacher, rule, steps),
             evaluate=lambda now: {"frechet": frechet_distance(judge(draw(now, N // 4)), reference)},
         )
         student, row["seconds"] = made.ema, round(time.process_time() - start, 1)  # of one thread

@@ -1,7 +1,7 @@
-"""The long experiments of notebooks 09 to 11, over several seeds: `minidistill sweep --out figures/sweep`.
+"""The long experiments of notebooks 09 to 13, over several seeds: `minidistill sweep --out figures/sweep`.
 
-What is tried is in `trials.py`, how rows are kept in `rows.py`; a sweep that was stopped goes on where it was. The
-notebooks draw what is there.
+What is tried is in `trials.py`, `without_scores.py` and `forgetting.py`, how rows are kept in `rows.py`; a sweep that
+was stopped goes on where it was. The notebooks draw what is there.
 """
 
 from __future__ import annotations
@@ -24,14 +24,12 @@ from minidistill.distillation import OBJECTIVES, Batch, Distilled, Needs, distil
 from minidistill.distributions import GaussianMixture
 from minidistill.metrics import evaluation
 from minidistill.networks import MLP, Denoiser, Discriminator, Generator
-from minidistill.studies import rows
+from minidistill.studies import forgetting, rows, trials, without_scores
 from minidistill.studies.trajectories import quality
 from minidistill.studies.trials import (
     BARE_L2,
     RADIUS,
-    STUDIES,
     TARGETS,
-    UNMEASURED,
     Trial,
     collapsed,
     displaced,
@@ -42,12 +40,16 @@ from minidistill.teachers import train_denoiser
 from minidistill.teachers.closed_form import EmpiricalTeacher
 
 __all__ = [
-    "BARE_L2", "KEPT", "N", "RADIUS", "STUDIES", "TARGETS", "UNMEASURED", "Learned", "RatioQuality", "Trial",
-    "collapsed", "command", "critic_gap", "displaced", "learn", "learn_ratio", "measure", "narrow", "options",
-    "ratio_quality", "read", "run", "student", "sweep",
+    "BARE_L2", "KEPT", "N", "RADIUS", "STUDIES", "TARGETS", "Learned", "RatioQuality", "Trial", "collapsed", "command",
+    "critic_gap", "displaced", "learn", "learn_ratio", "measure", "narrow", "options", "ratio_cosine", "ratio_quality",
+    "read", "run", "student", "sweep",
 ]
 
 N, KEPT = 10_000, 1000  # samples that are measured, and of those kept for pictures
+STUDIES: dict[str, dict[str, Trial]] = {
+    **trials.STUDIES, **without_scores.STUDIES,
+    "forgetting": {name: Trial(rule) for name, rule in forgetting.TRIALS.items()},  # with a teacher of its own
+}
 
 
 # ---------------------------------------------------------------------------------- one run and its numbers
@@ -71,6 +73,8 @@ def learn(target: str, steps: int, seed: int) -> Learned:
 
 def run(study: str, name: str, seed: int, at_most: int | None = None) -> dict[str, Any]:
     """Distill as a trial says, and measure the student; `at_most` bounds the steps of every part."""
+    if study == "forgetting":
+        return forgetting.run(name, seed, min(at_most or forgetting.STEPS, forgetting.STEPS), N, KEPT)
     trial = STUDIES[study][name]
     if at_most is not None:
         trial = replace(trial, **{part: min(getattr(trial, part), at_most) for part in ("steps", "sim", "learned")})
@@ -87,6 +91,9 @@ def run(study: str, name: str, seed: int, at_most: int | None = None) -> dict[st
     options: dict[str, Any] = {"seed": seed, "progress": False}
     if trial.truth or trial.learned:
         options["data"] = truth.sample(100_000, torch.Generator().manual_seed(seed))
+    if trial.watch:
+        options |= {"evaluate_every": trial.watch, "evaluate": lambda now: {"over_floor": metrics.over_floor(
+            truth, draw(now, N // 5, seed=1000 + seed), seed)}}
     if trial.sim:
         distill(teacher, generator, "sim", steps=trial.sim, **options)
     steps = max(1, trial.steps - trial.sim)
@@ -94,8 +101,9 @@ def run(study: str, name: str, seed: int, at_most: int | None = None) -> dict[st
     for _ in range(1, trial.rounds):
         made = distill(made.ema.denoiser, None, trial.objective, steps=steps, **(options | trial.options))
     seconds = time.process_time() - start  # of one thread, whatever else runs beside it
+    curve = [[past["step"], past["over_floor"]] for past in made.history if "over_floor" in past]
     return {"study": study, "name": name, "seed": seed, "steps": trial.steps, "n": N, "seconds": round(seconds, 1),
-            **more, **measure(made, truth, seed)}
+            **more, **({"curve": curve} if trial.watch else {}), **measure(made, truth, seed)}
 
 
 def _first(trial: Trial, teacher: Any, seed: int) -> Generator | None:
@@ -119,6 +127,7 @@ def measure(made: Distilled, truth: GaussianMixture, seed: int) -> dict[str, Any
         "over_floor": metrics.over_floor(truth, samples, seed),
         **({} if made.ema.route == "call" else quality(made, truth, seed, len(samples))),
         "critic_gap": None if made.fake is None else critic_gap(made, truth.sigma_data, N // 10),
+        **({} if made.ratio is None or made.fake is not None else {"ratio_cosine": ratio_cosine(made, truth, N // 10)}),
         "samples": samples[:KEPT].clamp(-1e4, 1e4).numpy(),  # a lost student's are beyond what float16 holds
     }
 
@@ -133,6 +142,20 @@ def critic_gap(made: Distilled, sigma_data: float, n: int = 1000) -> float:
     xt = x0 + sigma[:, None] * torch.randn(x0.shape, generator=rng)
     gap: Tensor = made.fake(xt, sigma) - own(xt, sigma)
     return float(gap.square().mean().sqrt()) / sigma_data
+
+
+def ratio_cosine(made: Distilled, truth: GaussianMixture, n: int = 1000) -> float:
+    """The mean cosine of the gradient of the learned log p / q and s_p - s_q at n noised samples of the student, at
+    noise levels 0.1 to 2 standard deviations of the data, s_q as in `critic_gap`."""
+    assert made.ratio is not None
+    x0, points = (draw(made.generator, m, seed=seed) for m, seed in ((n, 1), (20 * n, 2)))
+    sigma = truth.sigma_data * torch.logspace(-1, 0.3, n)
+    xt = x0 + sigma[:, None] * torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    xt = xt.detach().requires_grad_()
+    learned = torch.autograd.grad(made.ratio(xt, sigma).sum(), xt)[0]
+    with torch.no_grad():
+        exact = truth(xt, sigma) - EmpiricalTeacher(points)(xt, sigma)  # sigma^2 times it, which has its direction
+    return float(torch.nn.functional.cosine_similarity(learned, exact, dim=1).mean())
 
 
 class RatioQuality(NamedTuple):

@@ -1,4 +1,4 @@
-"""The trials of the long experiments in notebooks 09 to 11: what is distilled, from which start, with what changed.
+"""The trials of the long experiments in notebooks 09 to 13: what is distilled, from which start, with what changed.
 
 A study is a set of trials, ways to distill that differ in one thing. `sweep.py` runs and measures them.
 """
@@ -34,7 +34,7 @@ from minidistill.networks import MLP, Denoiser, Generator
 from minidistill.networks.jumps import TOP
 
 __all__ = [
-    "BARE_L2", "FROM_SIM", "RADIUS", "STEPS", "STUDIES", "TARGETS", "UNMEASURED", "WAY_STEPS", "Trial", "collapsed",
+    "BARE_L2", "FROM_SIM", "RADIUS", "STEPS", "STUDIES", "TARGETS", "WAY_STEPS", "Trial", "collapsed",
     "displaced", "distills_own", "every_objective", "from_the_teacher", "narrow", "no_fake", "sharp", "student",
     "trajectories", "without",
 ]
@@ -108,6 +108,7 @@ class Trial:
     start: Callable[[GaussianMixture, int], Generator | None] | None = student  # None: a copy of the learned teacher
     learned: int = 0  # steps that a denoiser is trained for, on samples of the teacher, to take its place
     rounds: int = 1  # distillations one after the other, each one's student the next one's teacher
+    watch: int = 0  # steps from one measurement of the way to the next; 0 for none
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -121,7 +122,7 @@ def every_objective(teacher: str) -> dict[str, Trial]:
     """
     longer = STEPS * 5 // 3
     trials = {name: Trial(name, teacher) for name, rule in OBJECTIVES.items()
-              if Needs.of(rule).fake and name not in UNMEASURED}
+              if Needs.of(rule).fake and name != "score_forgetting"}  # which wants classes
     trials["dmd"] = Trial(DMD(weight=4.0, needs_pairs=8192), teacher, steps=longer)
     trials["sid"] = Trial(ScoreIdentity(alpha=1.2), teacher, steps=longer, sim=longer // 4,
                           options={"learning_rate": 1e-3})
@@ -175,12 +176,6 @@ WAY_STEPS = {
     "mean_flow": 1500, "improved_mean_flow": 1500, "alpha_flow": 1500, "flow_map": 1500, "progressive": 2500,
     "reflow": 3000,
 }
-#: Objectives by name that have no stored run on ring and lattice yet.
-UNMEASURED = (
-    "sinkhorn", "mmd", "energy_score", "embedding_loss", "moment_matching",
-    "class_ratio", "gan", "score_mismatching", "score_of_mixture_training", "real_uid",
-    "wasserstein_flow", "sds", "asd", "score_forgetting",
-)
 #: Below "lattice", trials to be compared with those of "ring", which are not repeated.
 STUDIES: dict[str, dict[str, Trial]] = {
     "ring": every_objective("ring"),

@@ -10,7 +10,7 @@ from minidistill import data
 from minidistill.cli import main
 from minidistill.distillation import OBJECTIVES, Batch, Needs
 from minidistill.networks import Generator
-from minidistill.studies import digits, rows, sweep
+from minidistill.studies import digits, rows
 
 TRIALS = [(study, name) for study, trials in digits.STUDIES.items() for name in trials]
 FIGURES = Path(__file__).parents[2] / "figures" / "digits"
@@ -67,6 +67,19 @@ def test_the_smooth_teacher_is_another_one_with_fewer_octaves(folder):
     assert (len(usual.noise.frequencies), len(smooth.noise.frequencies)) == (8, digits.SMOOTH)
 
 
+def test_where_students_begin(folder):
+    """A copy of the teacher unless a name says so; with its features all inner layers are the teacher's, and the two
+    that touch samples are those of a new one with the same seed."""
+    teacher = digits.teacher_of(folder)
+    assert digits.start_of(teacher, "class_ratio", 0) is None
+    new, features = (digits.start_of(teacher, f"class_ratio, {name}", 5).denoiser.network.state_dict()
+                     for name in ("new student", "teacher's features"))
+    for key, value in teacher.network.state_dict().items():
+        outer = key.startswith(("inward", "outward"))
+        assert torch.equal(features[key], new[key] if outer else value), key
+        assert not torch.equal(new[key], value), key
+
+
 def test_the_teacher_is_made_once_and_no_student_will_do(folder, tmp_path):
     before = (folder / "teacher.safetensors").read_bytes()
     assert torch.equal(digits.teacher_of(folder, steps=20).network.inward.weight,
@@ -114,14 +127,13 @@ def test_its_errors_name_what_is_wanted(tmp_path, capsys):
 
 
 def test_the_stored_rows_are_those_of_the_trials_as_they_are_now():
-    """Every trial with its seeds in order, but for objectives that have no stored run anywhere yet; no other rows, all
-    numbers finite; the teachers beside them, and samples."""
+    """Every trial with its seeds in order, and no other rows; all numbers finite; the teachers beside them, and
+    samples."""
     stored = digits.read(FIGURES)
-    measured = [(study, name) for study, name in TRIALS if study != "objectives" or name not in sweep.UNMEASURED]
-    assert {(row["study"], row["name"]) for row in stored.rows} == set(measured)
-    assert set(stored.points) == {f"{study}: {name}" for study, name in measured}
+    assert {(row["study"], row["name"]) for row in stored.rows} == set(TRIALS)
+    assert set(stored.points) == {f"{study}: {name}" for study, name in TRIALS}
     assert all((FIGURES / f"{name}.safetensors").exists() for name in ("teacher", "teacher_smooth"))
-    for study, name in measured:
+    for study, name in TRIALS:
         seeds = stored.runs(study, name, "seed")
         assert seeds == list(range(len(seeds)))
         assert len(seeds) >= 3

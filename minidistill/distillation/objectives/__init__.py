@@ -20,12 +20,14 @@
     flow_steps.py    Wasserstein gradient flow: down an f-divergence, a proximal step at a time
     frozen.py        SDS, ASD: nothing trained but the student, and the teacher asked twice
     forgetting.py    one class's requests held against another's teacher
+    bounded.py       any objective, no sample pulled harder than a bound
     mixture.py       score of mixture: all skews at once, from a teacher or from data
     uni_instruct.py  the divergence of the clean laws, expanded
 """
 
 from minidistill import divergences
 from minidistill.distillation.objective import Objective
+from minidistill.distillation.objectives.bounded import BoundedPull
 from minidistill.distillation.objectives.consistency import Consistency, EasyConsistency
 from minidistill.distillation.objectives.ctm import ConsistencyTrajectory
 from minidistill.distillation.objectives.distances import EnergyScore, MeanDiscrepancy, SinkhornDivergence
@@ -54,8 +56,8 @@ from minidistill.distillation.objectives.scm import ContinuousConsistency
 from minidistill.distillation.objectives.uni_instruct import UniInstruct
 
 __all__ = [
-    "DMD", "DMD2", "GAN", "OBJECTIVES", "AdversarialScoreIdentity", "AlphaFlow", "AsynchronousScore", "ClassRatio",
-    "Consistency", "ConsistencyTrajectory", "ContinuousConsistency", "DistributionMatching", "Drifting",
+    "DMD", "DMD2", "GAN", "OBJECTIVES", "AdversarialScoreIdentity", "AlphaFlow", "AsynchronousScore", "BoundedPull",
+    "ClassRatio", "Consistency", "ConsistencyTrajectory", "ContinuousConsistency", "DistributionMatching", "Drifting",
     "EasyConsistency", "EmbeddingLoss", "EnergyScore", "FlowMap", "ImprovedMeanFlow", "MeanDiscrepancy", "MeanFlow",
     "MomentMatching", "Progressive", "RealUID", "Reflow", "Regression", "ScoreDistillation", "ScoreForgetting",
     "ScoreIdentity", "ScoreImplicitMatching", "ScoreMismatching", "ScoreOfMixture", "ScoreOfMixtureTraining",
