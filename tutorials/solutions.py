@@ -412,6 +412,34 @@ def mean_flow_target(u, z, r, t, v):
     return v - (t - r)[:, None] * rate
 
 
+# 12_without_a_teacher_score
+def drift(x, real, width):
+    """Softmax makes Gaussian weights that sum to 1; an infinite distance makes a weight of 0."""
+    to_real = torch.cdist(x, real) ** 2
+    to_own = (torch.cdist(x, x) ** 2).fill_diagonal_(torch.inf)
+    pull = (-to_real / (2 * width**2)).softmax(1) @ real
+    push = (-to_own / (2 * width**2)).softmax(1) @ x
+    return pull - push
+
+
+def energy_pull(x, real):
+    """Ways (n, m, d) over their lengths; the way to oneself has length 0 and adds nothing."""
+    to_real = real[None] - x[:, None]
+    to_own = x[None] - x[:, None]
+    pull = (to_real / to_real.norm(dim=2, keepdim=True)).mean(1)
+    lengths = to_own.norm(dim=2, keepdim=True)
+    push = (to_own / lengths.clamp(min=1e-12)).sum(1) / (len(x) - 1)
+    return pull - push
+
+
+def ratio_pull(log_ratio, x, weight):
+    """One gradient of the sum: each sample's log r depends on that sample alone."""
+    x = x.detach().requires_grad_()
+    log_r = log_ratio(x)
+    slope = torch.autograd.grad(log_r.sum(), x)[0]
+    return weight(log_r.detach().exp())[:, None] * slope
+
+
 # 15_digits
 def normalised_ratio(ratio, level):
     """E_q[p / q] = 1 at every noise level, so that each level has its own mean."""

@@ -40,6 +40,7 @@ from minidistill.check.scores import (
 from minidistill.check.students import c_out, ema_decay, mirror, noise_through, normalised_ratio, sid_loss, sim_gradient
 from minidistill.check.teachers import aligned_share, unbiased_loss, weighted_denoiser
 from minidistill.check.trajectories import consistency_loss, gamma_step, mean_flow_target
+from minidistill.check.without_scores import drift, energy_pull, ratio_pull
 
 __all__ = [
     "claims", "ours", "report",
@@ -55,5 +56,6 @@ __all__ = [
     "dmd_gradient", "OwnObjective", "mixture_denoiser",  # 09
     "pseudo_huber_slope", "implicit_loss", "gaussian_fisher",  # 10
     "consistency_loss", "gamma_step", "mean_flow_target",  # 11
+    "drift", "energy_pull", "ratio_pull",  # 12
     "normalised_ratio", "sim_gradient", "c_out", "ema_decay", "mirror", "noise_through", "sid_loss",  # 15 to 17
 ]

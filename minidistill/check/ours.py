@@ -26,11 +26,11 @@ from minidistill.teachers.closed_form import GaussianTeacher
 __all__ = [
     "OwnObjective", "add_noise", "aligned_share", "best_cover", "best_share", "bridge_velocity",
     "chi_squared_conjugate", "class_gradient", "consistency_loss", "ddim_step", "denoising_loss", "distillation_loop",
-    "divergence_weight", "dmd_gradient", "energy_loss", "euler_step", "even_weight", "flipped_weight", "gamma_step",
-    "gauge_defect", "gaussian_fisher", "gaussian_flow", "heun_solver", "implicit_loss", "kl_integrand", "linear_step",
-    "mean_flow_target", "mixture_denoiser", "mixture_score", "one_call", "pseudo_huber_slope", "reverse_kl_gradient",
-    "score_gap", "stein_trace", "step_score", "training_loop", "tweedie", "unbiased_loss", "uniform_time_density",
-    "velocity", "weighted_denoiser",
+    "divergence_weight", "dmd_gradient", "drift", "energy_loss", "energy_pull", "euler_step", "even_weight",
+    "flipped_weight", "gamma_step", "gauge_defect", "gaussian_fisher", "gaussian_flow", "heun_solver", "implicit_loss",
+    "kl_integrand", "linear_step", "mean_flow_target", "mixture_denoiser", "mixture_score", "one_call",
+    "pseudo_huber_slope", "ratio_pull", "reverse_kl_gradient", "score_gap", "stein_trace", "step_score",
+    "training_loop", "tweedie", "unbiased_loss", "uniform_time_density", "velocity", "weighted_denoiser",
 ]
 
 Denoise = Callable[..., Tensor]
@@ -340,3 +340,34 @@ def mean_flow_target(u: Denoise, z: Tensor, r: Tensor, t: Tensor, v: Tensor) -> 
     """v - (t - r) du/dt, (n, d), the derivative along dz/dt = v with r held."""
     rate = jvp(u, (z, r, t), (v, torch.zeros_like(r), torch.ones_like(t)))[1]
     return v - (t - r)[:, None] * rate
+
+
+# ------------------------------------------------- 12_without_a_teacher_score
+
+def drift(x: Tensor, real: Tensor, width: float) -> Tensor:
+    """The mean of real samples near each of x, (n, d), less that of the other x near it."""
+    def mean_near(squared: Tensor, y: Tensor) -> Tensor:
+        return (-squared / (2 * width**2)).softmax(1) @ y
+
+    to_own = torch.cdist(x, x).square().fill_diagonal_(torch.inf)
+    return mean_near(torch.cdist(x, real).square(), real) - mean_near(to_own, x)
+
+
+def energy_pull(x: Tensor, real: Tensor) -> Tensor:
+    """The mean unit vector to the real samples less that to the other x, (n, d)."""
+    def towards(y: Tensor) -> Tensor:
+        way = y - x[:, None]
+        return way / way.norm(dim=2, keepdim=True).clamp(min=1e-12)
+
+    return towards(real).mean(1) - towards(x).sum(1) / (len(x) - 1)
+
+
+def ratio_pull(
+    log_ratio: Callable[[Tensor], Tensor], x: Tensor, weight: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """h(r) grad log r at each of x, (n, d)."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        log_r = log_ratio(x)
+        slope = torch.autograd.grad(log_r.sum(), x)[0]
+    return weight(log_r.detach().exp())[:, None] * slope

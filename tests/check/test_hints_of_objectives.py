@@ -40,6 +40,15 @@ def _rate(u, z, r, t, v, in_r=0.0):
     return torch.func.jvp(u, (z, r, t), (v, torch.full_like(r, in_r), torch.ones_like(t)))[1]
 
 
+def _near(x, y, width):
+    return (-torch.cdist(x, y).square() / (2 * width**2)).softmax(1) @ y
+
+
+def _units(x):
+    way = x - x[:, None]
+    return way / way.norm(dim=2, keepdim=True).clamp(min=1e-12)
+
+
 MISTAKES: list[tuple[str, Callable[..., Any], str]] = [
     ("flipped_weight", lambda h, r: h(1 / r), "a factor r is missing"),
     ("chi_squared_conjugate", lambda u: u + u**2 / 4, "clamp it at 0"),
@@ -68,6 +77,15 @@ MISTAKES: list[tuple[str, Callable[..., Any], str]] = [
     ("mean_flow_target", lambda u, z, r, t, v: v - _rate(u, z, r, t, v), "counts (t - r) times"),
     ("mean_flow_target", lambda u, z, r, t, v: v - (t - r)[:, None] * _rate(u, z, r, t, v, in_r=1.0), "r is held"),
     ("mean_flow_target", lambda u, z, r, t, v: v - (t - r)[:, None] * _rate(u, z, r, t, 0 * v), "tangent of z is v"),
+    ("drift", lambda x, real, w: _near(x, real, w) - _near(x, x, w), "no neighbour of its own"),
+    ("drift", lambda x, real, w: _near(x, real, w), "pushes the samples apart"),
+    ("drift", lambda x, real, w: ours.drift(x, real, w / 2**0.5), "the 2 is missing"),
+    ("energy_pull", lambda x, real: ours.energy_pull(x, real) + _units(x).sum(1) * (1 / (len(x) - 1) - 1 / len(x)),
+     "only n - 1 others"),
+    ("energy_pull", lambda x, real: real.mean(0) - x - (x.sum(0) - len(x) * x) / (len(x) - 1), "unit vectors"),
+    ("ratio_pull", lambda f, x, h: ours.ratio_pull(f, x, torch.ones_like), "the weight is missing"),
+    ("ratio_pull", lambda f, x, h: ours.ratio_pull(f, x, lambda r: h(r.log())), "you give it log r"),
+    ("ratio_pull", lambda f, x, h: ours.ratio_pull(f, x, lambda r: r * h(r)), "of log r it is wanted"),
 ]
 
 

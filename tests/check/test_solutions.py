@@ -216,6 +216,18 @@ WRONG: dict[str, list[Callable[..., Any]]] = {
         lambda u, z, r, t, v: v - torch.func.jvp(u, (z, r, t), (v, 0 * r, 0 * t + 1))[1],
         lambda u, z, r, t, v: solutions.mean_flow_target(u, z, r, t, 0 * v) + v,
     ],
+    "drift": [
+        lambda x, real, w: -solutions.drift(x, real, w), lambda x, real, w: solutions.drift(x, real, 2 * w),
+        lambda x, real, w: real[:6] - x,
+    ],
+    "energy_pull": [
+        lambda x, real: solutions.energy_pull(x, real) * 2, lambda x, real: real.mean(0) - x,
+        lambda x, real: solutions.energy_pull(x, real)[:, :1],
+    ],
+    "ratio_pull": [
+        lambda f, x, h: -solutions.ratio_pull(f, x, h), lambda f, x, h: solutions.ratio_pull(f, x, lambda r: r),
+        lambda f, x, h: solutions.ratio_pull(f, 2 * x, h),
+    ],
     "normalised_ratio": [lambda r, k: r / r.mean(), lambda r, k: solutions.normalised_ratio(r, k).log()],
     "sim_gradient": [
         lambda y, r, p, q: 2 * y, lambda y, r, p, q: 2 * y - 2 * y @ q,
