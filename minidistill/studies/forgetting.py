@@ -53,7 +53,7 @@ def student(teacher: ByClass, seed: int) -> Generator:
     return Generator(Denoiser(network, teacher.sigma_data), 0.5 * teacher.sigma_data)
 
 
-def run(name: str, seed: int, steps: int = STEPS, n: int = 10_000, kept: int = 1000) -> dict[str, Any]:
+def run(name: str, seed: int, steps: int, n: int, kept: int) -> dict[str, Any]:
     """A row of `sweep`: distilled as a trial says, and measured class by class."""
     teacher, start = ByClass(), time.process_time()
     made = distill(teacher, student(teacher, seed), TRIALS[name], steps=steps, seed=seed, progress=False)

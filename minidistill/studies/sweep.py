@@ -1,7 +1,7 @@
 """The long experiments of notebooks 09 to 13, over several seeds: `minidistill sweep --out figures/sweep`.
 
-What is tried is in `trials.py`, `without_scores.py` and `forgetting.py`, how rows are kept in `rows.py`; a sweep that
-was stopped goes on where it was. The notebooks draw what is there.
+What is tried is in `trials.py`, `without_scores.py`, `forgetting.py` and `jko.py`, how rows are kept in `rows.py`; a
+sweep that was stopped goes on where it was. The notebooks draw what is there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from minidistill.distillation import OBJECTIVES, Batch, Distilled, Needs, distil
 from minidistill.distributions import GaussianMixture
 from minidistill.metrics import evaluation
 from minidistill.networks import MLP, Denoiser, Discriminator, Generator
-from minidistill.studies import forgetting, rows, trials, without_scores
+from minidistill.studies import forgetting, jko, rows, trials, without_scores
 from minidistill.studies.trajectories import quality
 from minidistill.studies.trials import (
     BARE_L2,
@@ -48,7 +48,9 @@ __all__ = [
 N, KEPT = 10_000, 1000  # samples that are measured, and of those kept for pictures
 STUDIES: dict[str, dict[str, Trial]] = {
     **trials.STUDIES, **without_scores.STUDIES,
-    "forgetting": {name: Trial(rule) for name, rule in forgetting.TRIALS.items()},  # with a teacher of its own
+    # These two have a run and numbers of their own.
+    "forgetting": {name: Trial(rule, steps=forgetting.STEPS) for name, rule in forgetting.TRIALS.items()},
+    "jko": {name: Trial(name, steps=jko.STEPS) for name in jko.TRIALS},
 }
 
 
@@ -73,9 +75,10 @@ def learn(target: str, steps: int, seed: int) -> Learned:
 
 def run(study: str, name: str, seed: int, at_most: int | None = None) -> dict[str, Any]:
     """Distill as a trial says, and measure the student; `at_most` bounds the steps of every part."""
-    if study == "forgetting":
-        return forgetting.run(name, seed, min(at_most or forgetting.STEPS, forgetting.STEPS), N, KEPT)
     trial = STUDIES[study][name]
+    if study in ("forgetting", "jko"):
+        steps = min(at_most or trial.steps, trial.steps)
+        return jko.run(name, seed, steps, KEPT) if study == "jko" else forgetting.run(name, seed, steps, N, KEPT)
     if at_most is not None:
         trial = replace(trial, **{part: min(getattr(trial, part), at_most) for part in ("steps", "sim", "learned")})
     exact, truth = TARGETS[trial.teacher], TARGETS[trial.truth or trial.teacher]
