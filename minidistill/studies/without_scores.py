@@ -6,10 +6,12 @@ from typing import Any
 
 from minidistill import divergences
 from minidistill.distillation import (
+    DMD,
     OBJECTIVES,
     BoundedPull,
     ClassRatio,
     Drifting,
+    EmbeddingLoss,
     EnergyScore,
     Objective,
     ScoreIdentity,
@@ -27,7 +29,8 @@ DEGRADING = 400  # updates of the fake network that DisBack's way takes; all upd
 
 
 def without_scores(teacher: str) -> dict[str, Trial]:
-    """Those that train no denoiser of the student's samples. `drifting` stands in "no fake", of notebook 09."""
+    """Those that train no denoiser of the student's samples, and RealUID, whose fake network sees data. `drifting` stands
+    in "no fake", of notebook 09."""
     longer = STEPS * 5 // 3
     trials = {
         "sinkhorn": Trial("sinkhorn", teacher, steps=STEPS // 3, options=LARGE),  # a step is two transport problems
@@ -39,7 +42,7 @@ def without_scores(teacher: str) -> dict[str, Trial]:
         "wasserstein_flow": Trial("wasserstein_flow", teacher, options={"ema_halflife": 10_000}),
     }
     trials |= {name: Trial(name, teacher) for name in
-               ("class_ratio", "gan", "score_mismatching", "score_of_mixture_training", "sds", "asd")}
+               ("class_ratio", "gan", "score_mismatching", "score_of_mixture_training", "real_uid", "sds", "asd")}
     return trials
 
 
@@ -74,6 +77,13 @@ STUDIES: dict[str, dict[str, Trial]] = {
         "mmd, ring": Trial("mmd", "ring", steps=5000, options=LARGE),
         "mmd, lattice": Trial("mmd", "lattice", steps=5000, options=LARGE),
     },
+    # With scores, to be held against them; and the embedding loss as a term beside reverse KL.
+    "longer": {
+        "dmd, lattice": Trial(DMD(weight=4.0, needs_pairs=8192), "lattice", steps=5000),
+        "regression, lattice": Trial("regression", "lattice", steps=5000),
+    },
+    "embedding, joined": {teacher: Trial(EmbeddingLoss(OBJECTIVES["reverse_kl"]), teacher)
+                          for teacher in ("ring", "lattice")},
     "class ratio": {
         **{name: Trial(ClassRatio(divergences.F[name])) for name in ("forward_kl", "jensen_shannon")},
         "teacher's weights": Trial("class_ratio", start=None, learned=3000),
