@@ -59,7 +59,9 @@ PROPER = {"kl": "KL", "jensen_shannon": "Jensen-Shannon", "hellinger": "Hellinge
           "fisher": "Fisher", "dmd": "DMD", "dmd2": "DMD2", "sim_l2": "SIM, L2", "sim": "SIM",
           "sid": "SiD", "sida": "SiDA", "f_distill": "f-distill", "diff_instruct": "Diff-Instruct",
           "uni_instruct": "Uni-Instruct", "ict": "iCT", "ect": "ECT", "scm": "sCM",
-          "ctm": "CTM", "alpha_flow": "α-flow", "alpha": "α ="}
+          "ctm": "CTM", "alpha_flow": "α-flow", "alpha": "α =", "mmd": "MMD", "gan": "GAN",
+          "sds": "SDS", "asd": "ASD", "sinkhorn": "Sinkhorn", "wasserstein": "Wasserstein",
+          "real_uid": "RealUID"}
 
 
 def nice(name):
