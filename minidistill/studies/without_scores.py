@@ -29,8 +29,8 @@ DEGRADING = 400  # updates of the fake network that DisBack's way takes; all upd
 
 
 def without_scores(teacher: str) -> dict[str, Trial]:
-    """Those that train no denoiser of the student's samples, and RealUID, whose fake network sees data. `drifting` is in
-    "no fake", of notebook 09."""
+    """Those that train no denoiser of the student's samples, and RealUID, whose fake network sees data; but `drifting`,
+    which is in "no fake", of notebook 09."""
     longer = STEPS * 5 // 3
     trials = {
         "sinkhorn": Trial("sinkhorn", teacher, steps=STEPS // 3, options=LARGE),  # a step is two transport problems
