@@ -20,12 +20,11 @@ from minidistill.distillation import (
 from minidistill.studies.trials import STEPS, Trial, displaced, distills_own
 from minidistill.studies.variants import LargeLevelsFirst, PartlyFrozen, SmoothFake
 
-__all__ = ["DEGRADING", "LARGE", "RUNAWAY_STEPS", "STUDIES", "without_scores"]
+__all__ = ["LARGE", "RUNAWAY_STEPS", "STUDIES", "without_scores"]
 
 #: For objectives that know samples alone: the more of them at once, the better they tell two laws apart.
 LARGE: dict[str, Any] = {"batch_size": 512, "ema_halflife": 50_000}
 RUNAWAY_STEPS = 800  # of runs that only have to show whether they stay
-DEGRADING = 400  # updates of the fake network that DisBack's way takes; all updates are counted alike
 
 
 def without_scores(teacher: str) -> dict[str, Trial]:
@@ -46,10 +45,10 @@ def without_scores(teacher: str) -> dict[str, Trial]:
     return trials
 
 
-def way_back(stages: int, degrading: int = DEGRADING, critic_steps: int = 3) -> Trial:
+def way_back(stages: int, degrading: int, share: float, critic_steps: int = 3) -> Trial:
     """Reverse KL from a far start on the way back, with as many updates in all as without: the way is paid for in
     steps."""
-    rule = backtracking("reverse_kl", stages=stages, degrading=degrading)
+    rule = backtracking("reverse_kl", stages=stages, degrading=degrading, share=share)
     return Trial(rule, start=displaced, steps=STEPS - degrading // (1 + critic_steps), watch=25)
 
 
@@ -88,8 +87,8 @@ STUDIES: dict[str, dict[str, Trial]] = {
         **{name: Trial(ClassRatio(divergences.F[name])) for name in ("forward_kl", "jensen_shannon")},
         "teacher's weights": Trial("class_ratio", start=None, learned=3000),
     },
-    "way back": {"plain": Trial("reverse_kl", start=displaced, watch=25), "2 stages": way_back(2),
-                 "5 stages": way_back(5)},
+    "way back": {"plain": Trial("reverse_kl", start=displaced, watch=25), "4 stages, short": way_back(4, 20, 0.1),
+                 "5 stages": way_back(5, 400, 0.5)},
     "runaway": {
         "as it is": runaway(),
         "exact fake": runaway(fake="empirical"),
