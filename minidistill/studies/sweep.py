@@ -41,7 +41,7 @@ from minidistill.teachers.closed_form import EmpiricalTeacher
 
 __all__ = [
     "BARE_L2", "KEPT", "N", "RADIUS", "STUDIES", "TARGETS", "Learned", "RatioQuality", "Trial", "collapsed", "command",
-    "critic_gap", "displaced", "learn", "learn_ratio", "measure", "narrow", "options", "ratio_cosine", "ratio_quality",
+    "critic_gap", "displaced", "learn", "learn_ratio", "measure", "narrow", "options", "ratio_quality",
     "read", "run", "student", "sweep",
 ]
 
@@ -130,7 +130,6 @@ def measure(made: Distilled, truth: GaussianMixture, seed: int) -> dict[str, Any
         "over_floor": metrics.over_floor(truth, samples, seed),
         **({} if made.ema.route == "call" else quality(made, truth, seed, len(samples))),
         "critic_gap": None if made.fake is None else critic_gap(made, truth.sigma_data, N // 10),
-        **({} if made.ratio is None or made.fake is not None else {"ratio_cosine": ratio_cosine(made, truth, N // 10)}),
         "samples": samples[:KEPT].clamp(-1e4, 1e4).numpy(),  # a lost student's are beyond what float16 holds
     }
 
@@ -145,20 +144,6 @@ def critic_gap(made: Distilled, sigma_data: float, n: int = 1000) -> float:
     xt = x0 + sigma[:, None] * torch.randn(x0.shape, generator=rng)
     gap: Tensor = made.fake(xt, sigma) - own(xt, sigma)
     return float(gap.square().mean().sqrt()) / sigma_data
-
-
-def ratio_cosine(made: Distilled, truth: GaussianMixture, n: int = 1000) -> float:
-    """The mean cosine of the gradient of the learned log p / q and s_p - s_q at n noised samples of the student, at
-    noise levels 0.1 to 2 standard deviations of the data, s_q as in `critic_gap`."""
-    assert made.ratio is not None
-    x0, points = (draw(made.generator, m, seed=seed) for m, seed in ((n, 1), (20 * n, 2)))
-    sigma = truth.sigma_data * torch.logspace(-1, 0.3, n)
-    xt = x0 + sigma[:, None] * torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
-    xt = xt.detach().requires_grad_()
-    learned = torch.autograd.grad(made.ratio(xt, sigma).sum(), xt)[0]
-    with torch.no_grad():
-        exact = truth(xt, sigma) - EmpiricalTeacher(points)(xt, sigma)  # sigma^2 times it, which has its direction
-    return float(torch.nn.functional.cosine_similarity(learned, exact, dim=1).mean())
 
 
 class RatioQuality(NamedTuple):
@@ -179,12 +164,14 @@ def ratio_quality(generator: Generator, ratio: Any, truth: GaussianMixture, sigm
     return RatioQuality(float(error.square().mean().sqrt()), float(exact.square().mean().sqrt()))
 
 
-def learn_ratio(loss: Callable[[Batch], Tensor], p: GaussianMixture, q: GaussianMixture, steps: int) -> Discriminator:
+def learn_ratio(
+    loss: Callable[[Batch], Tensor], p: GaussianMixture, q: GaussianMixture, steps: int, seed: int = 0
+) -> Discriminator:
     """log p / q of two fixed laws at noise levels 0.1 to 4, by `matching.ratio_loss` or `ScoreOfMixture().critic_loss`;
     q stands for the student and, as a denoiser, for the critic."""
-    with seeded(0):
+    with seeded(seed):
         ratio = Discriminator(MLP(p.shape, hidden=64, out_features=1), p.sigma_data)
-    rng = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1 + seed)
     optimizer = torch.optim.Adam(ratio.parameters(), 3e-3)
     for step in range(steps):
         training.set_learning_rate(optimizer, 3e-3 * (1 - step / steps))
