@@ -54,11 +54,11 @@ PREDICTIONS = {
         the target itself is wrong: the first step is so long that Heun's method lands far from the
         path. With 100 the target is right, but what is known at the bottom has hardly reached the
         top. After 1,500 steps 10 is at 1.9 floors, 100 at 4.1, and 4 still at 9.6.""",
-    "12": """With 0.07 a sample only hears of real samples next to it: it settles on the first mode that
-        it meets, with the right shape, and most modes stay empty (12 floors after 400 steps). With 0.7
-        all modes are there, joined by threads: nothing is left that tells a thread from a mode (1.9).
-        With 2 the cloud has the right mean and about the right spread, and no modes at all (5). Three
-        widths together have the best of each (1.6).""",
+    "12": """With 0.07 a sample only hears of real samples next to it: it settles on the first mode
+        that it meets, with the right shape, and most modes stay empty (12 floors after 400
+        steps). With 0.7 all modes are there, joined by threads: nothing is left that tells a
+        thread from a mode (1.9). With 2 the cloud has the right mean and about the right
+        spread, and no modes at all (5). Three widths together have the best of each (1.6).""",
     "15": """Higher precision, lower recall. Samples where the student alone has mass are pulled
         hardest, so that it gives up everything that the teacher finds doubtful, and rare ways of
         writing a digit with it. The stored runs say 0.93 and 0.79, against SIM's 0.87 and 0.88.
