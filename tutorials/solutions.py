@@ -412,6 +412,33 @@ def mean_flow_target(u, z, r, t, v):
     return v - (t - r)[:, None] * rate
 
 
+# 13_paths_and_forgetting
+def stage_at(progress, stages, share):
+    """s_{N-1} to s_1 divide the way among them; then the teacher."""
+    if progress >= share:
+        return 0
+    targets = stages - 1
+    return targets - int(progress / share * targets)
+
+
+def asd_stand_in(teacher, x0, sigma, noise, later):
+    """The noise that the teacher sees at the higher level comes off x_t."""
+    x = x0 + later[:, None] * noise
+    seen = (x - teacher(x, later)) / later[:, None]
+    return x0 + sigma[:, None] * (noise - seen)
+
+
+def forgetting_teacher(teacher, x, sigma, label, forget, safe):
+    """Who asks for the forgotten class is answered for the safe one."""
+    return teacher(x, sigma, torch.where(label == forget, safe, label))
+
+
+def cut(pull, most):
+    """A factor for each row, at most 1."""
+    length = pull.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    return pull * (most / length).clamp(max=1)
+
+
 # 15_digits
 def normalised_ratio(ratio, level):
     """E_q[p / q] = 1 at every noise level, so that each level has its own mean."""

@@ -24,13 +24,13 @@ from minidistill.samplers.ode import heun_step
 from minidistill.teachers.closed_form import GaussianTeacher
 
 __all__ = [
-    "OwnObjective", "add_noise", "aligned_share", "best_cover", "best_share", "bridge_velocity",
-    "chi_squared_conjugate", "class_gradient", "consistency_loss", "ddim_step", "denoising_loss", "distillation_loop",
-    "divergence_weight", "dmd_gradient", "energy_loss", "euler_step", "even_weight", "flipped_weight", "gamma_step",
-    "gauge_defect", "gaussian_fisher", "gaussian_flow", "heun_solver", "implicit_loss", "kl_integrand", "linear_step",
-    "mean_flow_target", "mixture_denoiser", "mixture_score", "one_call", "pseudo_huber_slope", "reverse_kl_gradient",
-    "score_gap", "stein_trace", "step_score", "training_loop", "tweedie", "unbiased_loss", "uniform_time_density",
-    "velocity", "weighted_denoiser",
+    "OwnObjective", "add_noise", "aligned_share", "asd_stand_in", "best_cover", "best_share", "bridge_velocity",
+    "chi_squared_conjugate", "class_gradient", "consistency_loss", "cut", "ddim_step", "denoising_loss",
+    "distillation_loop", "divergence_weight", "dmd_gradient", "energy_loss", "euler_step", "even_weight",
+    "flipped_weight", "forgetting_teacher", "gamma_step", "gauge_defect", "gaussian_fisher", "gaussian_flow",
+    "heun_solver", "implicit_loss", "kl_integrand", "linear_step", "mean_flow_target", "mixture_denoiser",
+    "mixture_score", "one_call", "pseudo_huber_slope", "reverse_kl_gradient", "score_gap", "stage_at", "stein_trace",
+    "step_score", "training_loop", "tweedie", "unbiased_loss", "uniform_time_density", "velocity", "weighted_denoiser",
 ]
 
 Denoise = Callable[..., Tensor]
@@ -340,3 +340,31 @@ def mean_flow_target(u: Denoise, z: Tensor, r: Tensor, t: Tensor, v: Tensor) -> 
     """v - (t - r) du/dt, (n, d), the derivative along dz/dt = v with r held."""
     rate = jvp(u, (z, r, t), (v, torch.zeros_like(r), torch.ones_like(t)))[1]
     return v - (t - r)[:, None] * rate
+
+
+# ------------------------------------------------- 13_paths_and_forgetting
+
+def stage_at(progress: float, stages: int, share: float) -> int:
+    """The number of the target when so much of the run is over: stages - 1 to 1, then 0."""
+    targets = stages - 1
+    return 0 if progress >= share else targets - int(progress / share * targets)
+
+
+def asd_stand_in(teacher: Denoise, x0: Tensor, sigma: Tensor, noise: Tensor, later: Tensor) -> Tensor:
+    """What the teacher's noise at the level `later` leaves of x_t, (n, d)."""
+    x = x0 + later[:, None] * noise
+    seen = (x - teacher(x, later)) / later[:, None]
+    return x0 + sigma[:, None] * (noise - seen)
+
+
+def forgetting_teacher(
+    teacher: Denoise, x: Tensor, sigma: Tensor, label: Tensor, forget: int, safe: int
+) -> Tensor:
+    """The teacher's answer, (n, d), for `safe` where it is asked for `forget`."""
+    return teacher(x, sigma, torch.where(label == forget, safe, label))
+
+
+def cut(pull: Tensor, most: float) -> Tensor:
+    """Rows longer than `most` shortened to it, (n, d)."""
+    length = pull.norm(dim=1, keepdim=True).clamp(min=torch.finfo(pull.dtype).tiny)
+    return pull * (most / length).clamp(max=1)
