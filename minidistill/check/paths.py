@@ -47,8 +47,8 @@ def stage_at(f: Callable[..., Any]) -> bool:
 
 
 def asd_stand_in(f: Callable[..., Any]) -> bool:
-    """13, exercise 2: f(teacher, x0, sigma, noise, later) is x_t less sigma times the noise that the teacher sees in the
-    same sample with the same noise at the level `later`, (n, d)."""
+    """13, exercise 2: f(teacher, x0, sigma, noise, later) is x_t less sigma times the noise that the teacher sees in
+    the same sample with the same noise at the level `later`, (n, d)."""
     x0, noise = points(6), points(6, seed=1)
     sigma, later = torch.linspace(0.2, 1.0, 6), torch.linspace(0.5, 3.0, 6)
 
@@ -82,8 +82,8 @@ def _pulled(x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
 
 
 def forgetting_teacher(f: Callable[..., Any]) -> bool:
-    """13, exercise 3: f(teacher, x, sigma, label, forget, safe) is the teacher's answer, (n, d), where `forget` is asked
-    for that of `safe`."""
+    """13, exercise 3: f(teacher, x, sigma, label, forget, safe) is the teacher's answer, (n, d), and for `forget` that
+    for `safe`."""
     x, sigma, label = points(8), torch.linspace(0.2, 2.0, 8), torch.tensor([0, 1, 2, 3, 2, 2, 0, 3])
 
     return report(3, f, [
