@@ -57,9 +57,9 @@ PREDICTIONS = {
     "13": """As eta goes to 0 the stand-in becomes the teacher at the same level, and the pull is
         gone: at 0.01 the particles have hardly moved. As eta grows, the teacher at sigma+ sees so
         much noise that it names all of it, the stand-in becomes x0, and ASD becomes SDS: at 5 the
-        particles lie inside the ring, at SDS's radius of 1.7. Between the two, at 0.1, they are in
-        narrow clumps at the right places, and at 1 many are on their way between the modes. They
-        began with the teacher's own law, and at no eta do they keep it.""",
+        particles lie inside the ring, at SDS's radius of 1.7. Between the two, at 0.1 and 1, they
+        are in narrow clumps at the right places. They began with the teacher's own law, and at no
+        eta do they keep it.""",
     "15": """Higher precision, lower recall. Samples where the student alone has mass are pulled
         hardest, so that it gives up everything that the teacher finds doubtful, and rare ways of
         writing a digit with it. The stored runs say 0.93 and 0.79, against SIM's 0.87 and 0.88.
