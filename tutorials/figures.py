@@ -720,8 +720,8 @@ def quality_and_time(panels, named, most):
         ax.set_xlim(low / 1.1, high * 1.25)
         low, _ = ax.get_ylim()
         ax.set_ylim(low / 1.1, edge * (edge / low) ** 0.05)
-        plotting._label_log(ax.xaxis)
-        plotting._label_log(ax.yaxis)
+        plotting.label_log(ax.xaxis)
+        plotting.label_log(ax.yaxis)
         texts = {nice(name): spots[name] for name in named[title] if name in spots}
         place_labels(ax, texts, list(spots.values()))
     for ax in axes.flat[len(panels):]:
@@ -742,7 +742,7 @@ def bands(series, ax):
         ax.plot(x, runs.mean(0), color=color, linestyle=looks[i % 4], linewidth=2, label=name)
         ax.fill_between(x, runs.min(0), runs.max(0), color=color, alpha=0.18, linewidth=0)
     ax.set_yscale("log")
-    plotting._label_log(ax.yaxis)
+    plotting.label_log(ax.yaxis)
     ax.legend()
     return ax
 
@@ -776,7 +776,7 @@ def quality_and_calls(panels):
         ax.set(xscale="log", yscale="log", xlabel="calls for a sample", ylabel=ylabel, title=title,
                xticks=(1, 2, 4, 8, 16, 35), xticklabels=(1, 2, 4, 8, 16, 35))
         ax.minorticks_off()
-        plotting._label_log(ax.yaxis)
+        plotting.label_log(ax.yaxis)
         ax.set_xlim(0.42, 42)
         ax.legend(fontsize=10, loc="upper right")
         for name, y in points.items():
