@@ -25,7 +25,8 @@ from minidistill.training import checkpoints
 
 __all__ = [
     "PALETTE", "STUDENT", "TEACHER", "arrows", "class_grid", "curves", "density", "dots", "field", "image_grid",
-    "labelled_rows", "looks", "panel", "paths", "save", "scatter", "shares", "side_by_side", "use_theme",
+    "label_log", "labelled_rows", "looks", "panel", "paths", "save", "scatter", "shares", "side_by_side",
+    "use_theme",
 ]
 
 #: Seaborn's colour-blind-safe palette; the same colour means the same thing in every figure.
@@ -167,10 +168,10 @@ def curves(
         ax.axhline(goal, color="black", linewidth=1, linestyle=":", label=f"{goal:g}")
     if log:
         ax.set_yscale("log")
-        _label_log(ax.yaxis)
+        label_log(ax.yaxis)
     if xlog:
         ax.set_xscale("log")
-        _label_log(ax.xaxis)
+        label_log(ax.xaxis)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend()
     return ax
@@ -199,12 +200,12 @@ def dots(
     ax.set_ylim(len(groups) - 0.5, -0.5)
     if log and any(len(values) for values in groups.values()):
         ax.set_xscale("log")
-        _label_log(ax.xaxis)
+        label_log(ax.xaxis)
     ax.set(xlabel=xlabel, title=title)
     return ax
 
 
-def _label_log(axis: Axis) -> None:
+def label_log(axis: Axis) -> None:
     """Plain numbers at 1, 2 and 5 on a logarithmic axis of few decades, at 3 and 7 too within one decade, and at a few
     even steps on a very short one."""
     low, high = axis.get_view_interval()

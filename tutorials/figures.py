@@ -19,8 +19,10 @@ from matplotlib.colors import LogNorm
 from minidistill import divergences, plotting
 
 __all__ = [
+    "FAMILY",
     "_student",
     "averaged_levels",
+    "bands",
     "by_size",
     "classifier_errors",
     "couplings",
@@ -42,10 +44,14 @@ __all__ = [
     "nice",
     "one_legend",
     "panels",
+    "quality_and_calls",
+    "quality_and_time",
     "ratio_tracks",
+    "requests_by_class",
     "shrinkage",
     "six_teachers",
     "walks_and_jumps",
+    "way_fields",
     "weight_and_pull",
     "weight_bar",
     "what_each_sees",
@@ -601,4 +607,180 @@ def jump_maps(distances, maps, levels):
     for place, ax, label in bars:
         inset = axes[1, 3].inset_axes((0.05, place, 0.9, 0.08))
         figure.colorbar(ax.images[0], cax=inset, orientation="horizontal", label=label)
+    plt.show()
+
+
+# ------------------------------------------------- 13_paths_and_forgetting
+
+def way_fields(way, shown, samples, law, sigma):
+    """Where denoisers of a way send points at one noise level, arrows from a lattice of x to D(x),
+    shortened; the student's samples (n, 2) as dots, the teacher's law as contours."""
+    across, up = torch.linspace(-4, 9.5, 14), torch.linspace(-4, 4, 8)
+    at = torch.cartesian_prod(across, up)
+    _, axes = plt.subplots(2, 2, figsize=(12.5, 7.6), layout="constrained", sharex=True,
+                           sharey=True)
+    for ax, (title, number) in zip(axes.flat, shown.items(), strict=True):
+        with torch.no_grad():
+            arrow = way[number](at, torch.full((len(at),), sigma)) - at
+        plotting.density(law, ax, limit=4)
+        ax.scatter(*samples.T, s=5, color=plotting.STUDENT, linewidths=0, alpha=0.5)
+        ax.quiver(*at.T, *(0.3 * arrow).T, angles="xy", scale_units="xy", scale=1, width=0.0035,
+                  color=plotting.PALETTE[3])
+        ax.set(xlim=(-4.6, 10), ylim=(-4.6, 4.6), aspect="equal", title=title, xlabel="$x_1$",
+               ylabel="$x_2$")
+        ax.label_outer()
+    plt.show()
+
+
+FAMILIES = {
+    "matches distributions": (
+        "reverse_kl forward_kl jensen_shannon softened_reverse_kl squared_hellinger jeffreys "
+        "pearson neyman le_cam diff_instruct dmd dmd2 f_distill skew_jensen_shannon "
+        "score_of_mixture"),
+    "matches scores": "sim sim_l2 sid sida fisher uni_instruct real_uid",
+    "follows the teacher's path": (
+        "regression consistency_distillation consistency_training ict ect scm ctm mean_flow "
+        "improved_mean_flow alpha_flow flow_map progressive reflow"),
+    "compares samples": ("drifting sinkhorn mmd energy_score embedding_loss moment_matching "
+                         "wasserstein_flow"),
+    "learns a ratio": "class_ratio gan score_mismatching score_of_mixture_training",
+    "nothing beside the student": "sds asd",
+}
+FAMILY = {name: family for family, names in FAMILIES.items() for name in names.split()}
+FAMILY_LOOKS = {
+    family: {"color": color, "marker": marker}
+    for family, color, marker in zip(
+        FAMILIES, (*(plotting.PALETTE[i] for i in (0, 1, 2, 3, 4)), (0.1, 0.1, 0.1)), "osD^vX",
+        strict=True)
+}
+
+
+def place_labels(ax, texts, points, fontsize=10):
+    """Write texts {text: (x, y)} beside their points, where they hide neither each other nor any
+    of `points` (m, 2); a line leads to a label that had to go farther. Axes' limits are final, and
+    the layout is not constrained."""
+    renderer = ax.figure.canvas.get_renderer()
+    frame = ax.get_window_extent(renderer).extents
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in ax.transData.transform(points)]
+    line = {"arrowstyle": "-", "color": "0.4", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3}
+    for text, point in sorted(texts.items(), key=lambda item: -item[1][1]):
+        probe = ax.annotate(text, point, fontsize=fontsize)
+        box = probe.get_window_extent(renderer)
+        probe.remove()
+        spots = _around(ax.transData.transform(point), box.width, box.height, ax.figure.dpi / 72)
+        for far, spot in spots:
+            inside = (frame[0] < spot[0] and frame[1] < spot[1]
+                      and spot[2] < frame[2] and spot[3] < frame[3])
+            if inside and not any(_overlap(spot, other) for other in taken):
+                taken.append(spot)
+                ax.annotate(text, point, spot[:2], textcoords="figure pixels", fontsize=fontsize,
+                            ha="left", va="bottom", arrowprops=line if far > 15 else None)
+                break
+
+
+def _around(point, width, height, unit):
+    """Boxes of a label's size about a point, (distance, (left, bottom, right, top)), near ones
+    first: at its sides, above and below, and between."""
+    ways = ((1, 0), (-1, 0), (0.4, 1), (0.4, -1), (-0.4, 1), (-0.4, -1), (1, 1), (1, -1), (-1, 1),
+            (-1, -1), (0, 1), (0, -1))
+    for far in (9, 15, 23, 33, 45, 59, 75):
+        for across, up in ways:
+            left = point[0] + far * unit * across - width * (1 - across) / 2
+            bottom = point[1] + far * unit * up - height * (1 - up) / 2
+            yield far, (left, bottom, left + width, bottom + height)
+
+
+def _overlap(a, b):
+    return a[0] < b[2] + 2 and b[0] < a[2] + 2 and a[1] < b[3] and b[1] < a[3]
+
+
+def quality_and_time(panels, named, most):
+    """Each objective's runs, {name: (CPU seconds of its runs, their values)}, as a point at the
+    medians and lines over the ranges, coloured by family, a panel for each (title, what is on its
+    axis). `named` says which get their names, by title. Medians above `most` (by axis) stand at the
+    upper edge, with an arrow: they are lost or nearly so."""
+    figure, axes = plt.subplots(2, len(panels) // 2 + len(panels) % 2, figsize=(14.5, 11.5))
+    figure.subplots_adjust(left=0.05, right=0.99, top=0.97, bottom=0.05, wspace=0.2, hspace=0.2)
+    for ax, ((title, ylabel), found) in zip(axes.flat, panels.items(), strict=False):
+        edge, spots = most[ylabel], {}
+        for name, (seconds, values) in found.items():
+            x, y = float(np.median(seconds)), float(np.median(values))
+            look = FAMILY_LOOKS[FAMILY[name]]
+            lost = not y < edge
+            spots[name] = (x, edge if lost else y)
+            if not lost:
+                ax.plot([x, x], [min(values), min(max(values), edge)], color=look["color"],
+                        linewidth=1, alpha=0.7)
+                ax.plot([min(seconds), max(seconds)], [y, y], color=look["color"], linewidth=1,
+                        alpha=0.7)
+            ax.scatter(*spots[name], s=90 if lost else 38, color=[look["color"]], zorder=3,
+                       marker="$\\uparrow$" if lost else look["marker"], linewidths=0)
+        ax.set(xscale="log", yscale="log", xlabel="CPU seconds of training", ylabel=ylabel,
+               title=title)
+        low, high = ax.get_xlim()
+        ax.set_xlim(low / 1.1, high * 1.25)
+        low, _ = ax.get_ylim()
+        ax.set_ylim(low / 1.1, edge * (edge / low) ** 0.05)
+        plotting.label_log(ax.xaxis)
+        plotting.label_log(ax.yaxis)
+        texts = {nice(name): spots[name] for name in named[title] if name in spots}
+        place_labels(ax, texts, list(spots.values()))
+    for ax in axes.flat[len(panels):]:
+        ax.set_axis_off()
+        handles = [ax.scatter([], [], label=family, s=60, **look)
+                   for family, look in FAMILY_LOOKS.items()]
+        ax.legend(handles=handles, loc="center", fontsize=13, frameon=False,
+                  title="medians and ranges of three seeds;\nan arrow: above the edge or lost",
+                  title_fontsize=11)
+    plt.show()
+
+
+def bands(series, ax):
+    """Mean over runs as a line and their range as a band, {name: (x, (runs, points))}."""
+    looks = ("-", "--", "-.", ":")
+    for i, (name, (x, runs)) in enumerate(series.items()):
+        color = plotting.PALETTE[i]
+        ax.plot(x, runs.mean(0), color=color, linestyle=looks[i % 4], linewidth=2, label=name)
+        ax.fill_between(x, runs.min(0), runs.max(0), color=color, alpha=0.18, linewidth=0)
+    ax.set_yscale("log")
+    plotting.label_log(ax.yaxis)
+    ax.legend()
+    return ax
+
+
+def requests_by_class(answers, laws, forget):
+    """A row for each student, a column for each class that it is asked for; the modes of that class
+    as contours."""
+    _, axes = plt.subplots(len(answers), len(laws), figsize=(12.5, 6.6), layout="constrained",
+                           sharex=True, sharey=True)
+    for i, (name, by_class) in enumerate(answers.items()):
+        for k, (ax, drawn) in enumerate(zip(axes[i], by_class, strict=True)):
+            plotting.scatter(drawn, ax, target=laws[k], limit=3)
+            title = f"asked for {k}" + (", to be forgotten" if k == forget else "")
+            ax.set(title="" if i else title, ylabel="")
+            ax.label_outer()
+        axes[i, 0].set_ylabel(name)
+    plt.show()
+
+
+def quality_and_calls(panels):
+    """Quality by the number of network calls for a sample: a panel for each (title, what is on its
+    axis) with students' lines, the teacher's line, and students of one call as points."""
+    _, axes = plt.subplots(1, len(panels), figsize=(14, 5), layout="constrained")
+    for ax, ((title, ylabel), (lines, teacher, points)) in zip(axes, panels.items(), strict=True):
+        for i, (name, (x, y)) in enumerate(lines.items()):
+            ax.plot(x, y, marker="osD^v<"[i], color=plotting.PALETTE[i], linewidth=1.8,
+                    label=nice(name))
+        ax.plot(*teacher, "--", color="black", linewidth=1.8, label="the teacher")
+        for name, y in points.items():
+            ax.plot(1, y, FAMILY_LOOKS[FAMILY[name]]["marker"], color="0.25", markersize=6)
+        ax.set(xscale="log", yscale="log", xlabel="calls for a sample", ylabel=ylabel, title=title,
+               xticks=(1, 2, 4, 8, 16, 35), xticklabels=(1, 2, 4, 8, 16, 35))
+        ax.minorticks_off()
+        plotting.label_log(ax.yaxis)
+        ax.set_xlim(0.42, 42)
+        ax.legend(fontsize=10, loc="upper right")
+        for name, y in points.items():
+            ax.annotate(nice(name), (1, y), (-8, 0), textcoords="offset points", ha="right",
+                        va="center", fontsize=10)
     plt.show()

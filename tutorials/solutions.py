@@ -59,6 +59,12 @@ PREDICTIONS = {
         steps). With 0.7 all modes are there, joined by threads: nothing is left that tells a
         thread from a mode (1.9). With 2 the cloud has the right mean and about the right
         spread, and no modes at all (5). Three widths together have the best of each (1.6).""",
+    "13": """As eta goes to 0 the stand-in becomes the teacher at the same level, and the pull is
+        gone: at 0.01 the particles have hardly moved. As eta grows, the teacher at sigma+ sees so
+        much noise that it names all of it, the stand-in becomes x0, and ASD becomes SDS: at 5 the
+        particles lie inside the ring, at SDS's radius of 1.7. Between the two, at 0.1 and 1, they
+        are in narrow clumps at the right places. They began with the teacher's own law, and at no
+        eta do they keep it.""",
     "15": """Higher precision, lower recall. Samples where the student alone has mass are pulled
         hardest, so that it gives up everything that the teacher finds doubtful, and rare ways of
         writing a digit with it. The stored runs say 0.93 and 0.79, against SIM's 0.87 and 0.88.
@@ -443,6 +449,33 @@ def ratio_pull(log_ratio, x, weight):
     log_r = log_ratio(x)
     slope = torch.autograd.grad(log_r.sum(), x)[0]
     return weight(log_r.detach().exp())[:, None] * slope
+
+
+# 13_paths_and_forgetting
+def stage_at(progress, stages, share):
+    """s_{N-1} to s_1 divide the way among them; then the teacher."""
+    if progress >= share:
+        return 0
+    targets = stages - 1
+    return targets - int(progress / share * targets)
+
+
+def asd_stand_in(teacher, x0, sigma, noise, later):
+    """The noise that the teacher sees at the higher level comes off x_t."""
+    x = x0 + later[:, None] * noise
+    seen = (x - teacher(x, later)) / later[:, None]
+    return x0 + sigma[:, None] * (noise - seen)
+
+
+def forgetting_teacher(teacher, x, sigma, label, forget, safe):
+    """Who asks for the forgotten class is answered for the safe one."""
+    return teacher(x, sigma, torch.where(label == forget, safe, label))
+
+
+def cut(pull, most):
+    """A factor for each row, at most 1."""
+    length = pull.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    return pull * (most / length).clamp(max=1)
 
 
 # 15_digits

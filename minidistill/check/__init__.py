@@ -15,6 +15,7 @@ from minidistill.check.divergences import chi_squared_conjugate, energy_loss, fl
 from minidistill.check.gradients import best_cover, divergence_weight, reverse_kl_gradient
 from minidistill.check.implicit import gaussian_fisher, implicit_loss, pseudo_huber_slope
 from minidistill.check.matching import OwnObjective, dmd_gradient, mixture_denoiser
+from minidistill.check.paths import asd_stand_in, cut, forgetting_teacher, stage_at
 from minidistill.check.samplers import ddim_step, gaussian_flow, heun_solver
 from minidistill.check.scores import (
     add_noise,
@@ -57,5 +58,6 @@ __all__ = [
     "pseudo_huber_slope", "implicit_loss", "gaussian_fisher",  # 10
     "consistency_loss", "gamma_step", "mean_flow_target",  # 11
     "drift", "energy_pull", "ratio_pull",  # 12
+    "stage_at", "asd_stand_in", "forgetting_teacher", "cut",  # 13
     "normalised_ratio", "sim_gradient", "c_out", "ema_decay", "mirror", "noise_through", "sid_loss",  # 15 to 17
 ]

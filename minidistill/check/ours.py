@@ -24,13 +24,14 @@ from minidistill.samplers.ode import heun_step
 from minidistill.teachers.closed_form import GaussianTeacher
 
 __all__ = [
-    "OwnObjective", "add_noise", "aligned_share", "best_cover", "best_share", "bridge_velocity",
-    "chi_squared_conjugate", "class_gradient", "consistency_loss", "ddim_step", "denoising_loss", "distillation_loop",
-    "divergence_weight", "dmd_gradient", "drift", "energy_loss", "energy_pull", "euler_step", "even_weight",
-    "flipped_weight", "gamma_step", "gauge_defect", "gaussian_fisher", "gaussian_flow", "heun_solver", "implicit_loss",
-    "kl_integrand", "linear_step", "mean_flow_target", "mixture_denoiser", "mixture_score", "one_call",
-    "pseudo_huber_slope", "ratio_pull", "reverse_kl_gradient", "score_gap", "stein_trace", "step_score",
-    "training_loop", "tweedie", "unbiased_loss", "uniform_time_density", "velocity", "weighted_denoiser",
+    "OwnObjective", "add_noise", "aligned_share", "asd_stand_in", "best_cover", "best_share", "bridge_velocity",
+    "chi_squared_conjugate", "class_gradient", "consistency_loss", "cut", "ddim_step", "denoising_loss",
+    "distillation_loop", "divergence_weight", "dmd_gradient", "drift", "energy_loss", "energy_pull", "euler_step",
+    "even_weight", "flipped_weight", "forgetting_teacher", "gamma_step", "gauge_defect", "gaussian_fisher",
+    "gaussian_flow", "heun_solver", "implicit_loss", "kl_integrand", "linear_step", "mean_flow_target",
+    "mixture_denoiser", "mixture_score", "one_call", "pseudo_huber_slope", "ratio_pull", "reverse_kl_gradient",
+    "score_gap", "stage_at", "stein_trace", "step_score", "training_loop", "tweedie", "unbiased_loss",
+    "uniform_time_density", "velocity", "weighted_denoiser",
 ]
 
 Denoise = Callable[..., Tensor]
@@ -371,3 +372,31 @@ def ratio_pull(
         log_r = log_ratio(x)
         slope = torch.autograd.grad(log_r.sum(), x)[0]
     return weight(log_r.detach().exp())[:, None] * slope
+
+
+# ------------------------------------------------- 13_paths_and_forgetting
+
+def stage_at(progress: float, stages: int, share: float) -> int:
+    """The number of the target when so much of the run is over: stages - 1 to 1, then 0."""
+    targets = stages - 1
+    return 0 if progress >= share else targets - int(progress / share * targets)
+
+
+def asd_stand_in(teacher: Denoise, x0: Tensor, sigma: Tensor, noise: Tensor, later: Tensor) -> Tensor:
+    """What the teacher's noise at the level `later` leaves of x_t, (n, d)."""
+    x = x0 + later[:, None] * noise
+    seen = (x - teacher(x, later)) / later[:, None]
+    return x0 + sigma[:, None] * (noise - seen)
+
+
+def forgetting_teacher(
+    teacher: Denoise, x: Tensor, sigma: Tensor, label: Tensor, forget: int, safe: int
+) -> Tensor:
+    """The teacher's answer, (n, d), for `safe` where it is asked for `forget`."""
+    return teacher(x, sigma, torch.where(label == forget, safe, label))
+
+
+def cut(pull: Tensor, most: float) -> Tensor:
+    """Rows longer than `most` shortened to it, (n, d)."""
+    length = pull.norm(dim=1, keepdim=True).clamp(min=torch.finfo(pull.dtype).tiny)
+    return pull * (most / length).clamp(max=1)

@@ -207,6 +207,22 @@ WRONG: dict[str, list[Callable[..., Any]]] = {
         _endless, _two_way, lambda f, x, b, u, l, s: 2 * solutions.consistency_loss(f, x, b, u, l, s),
         lambda f, x, b, u, l, s: solutions.consistency_loss(f, x, b, u, l, s).detach(),
     ],
+    "stage_at": [
+        lambda progress, stages, share: 0, lambda progress, stages, share: stages - 1,
+        lambda progress, stages, share: solutions.stage_at(progress, stages + 1, share),
+    ],
+    "asd_stand_in": [
+        lambda D, x0, s, e, t: x0, lambda D, x0, s, e, t: D(x0 + s[:, None] * e, s),
+        lambda D, x0, s, e, t: 2 * solutions.asd_stand_in(D, x0, s, e, t),
+    ],
+    "forgetting_teacher": [
+        lambda D, x, s, y, forget, safe: D(x, s, y),
+        lambda D, x, s, y, forget, safe: solutions.forgetting_teacher(D, x, s, y, safe, forget),
+    ],
+    "cut": [
+        lambda pull, most: pull, lambda pull, most: pull.clamp(-most, most),
+        lambda pull, most: -solutions.cut(pull, most),
+    ],
     "gamma_step": [
         lambda J, x, s, t, g, z: J(x, s, t) + g * t * z, lambda J, x, s, t, g, z: J(x, s, (1 - g) * t) + g * t * z,
         lambda J, x, s, t, g, z: J(x, s, (1 - g**2) ** 0.5 * t),
