@@ -101,8 +101,8 @@ STUDIES: dict[str, dict[str, Trial]] = {
     },
     # The cure at full length, of all that were lost there.
     "bounded, lattice": {
-        "sim": bounded("sim"), "sim_l2": bounded("sim_l2"), "sida": bounded("sida"),
-        "uni_instruct": bounded("uni_instruct"),
+        "sim": bounded("sim"), "sim_l2": bounded("sim_l2"), "uni_instruct": bounded("uni_instruct"),
+        "sida": bounded("sida"), "sida, warm-up": bounded("sida", options={"warmup": 100}),
         "sid": bounded("sid", steps=STEPS * 5 // 3, sim=0, options={"learning_rate": 1e-3, "critic_steps": 5}),
     },
     "bounded, ring": {"sim_l2": bounded("sim_l2", "ring")},

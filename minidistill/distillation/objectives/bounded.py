@@ -23,7 +23,10 @@ class BoundedPull(Through):
     Losses that differentiate through the fake network pull a sample the harder the farther it is from where that
     network has learned, and its slope there is anybody's guess. One sample that leaps away then outvotes its batch, the
     next ones are thrown farther, and the run is lost. A bound on the gradient of the weights (`clip` of `distill`) cuts
-    all of a batch alike and leaves that vote as it is; this one leaves every sample one vote (notebook 13).
+    all of a batch alike and leaves that vote as it is; here every sample has one vote.
+
+    On 25 modes, from new students, it keeps SIM, SIM with squared L2 and Uni-Instruct, and SiDA with a `warmup` besides;
+    not SiD at alpha = 1.2, whose pull itself points outwards (notebook 13).
     """
 
     objective: Any
