@@ -28,7 +28,7 @@ class ScoreMismatching(Terms):
     weights to begin with, where it has any.
 
     It does not rest at the real law: where q = p a narrower student is easier to denoise, and has less loss. On a ring
-    of Gaussians, from a new student, it lost half of the modes.
+    of eight Gaussians, from new students, it lost one to four of them.
 
     highest: of the noise levels, log-uniform from settings.sigma_min, in standard deviations of the data; the paper has
         ten levels up to about 0.6.
