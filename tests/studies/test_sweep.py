@@ -30,6 +30,8 @@ def test_every_trial_runs(study, name, monkeypatch):
     assert (row["study"], row["name"], row["seed"]) == (study, name, 0)
     assert row["n"] == (sweep.KEPT if study == "jko" else 300)  # particles are all kept
     assert row.pop("samples").shape == (sweep.KEPT, 2)
+    assert ("curve" in row) == (sweep.STUDIES[study][name].watch > 0)
+    assert [step for step, _ in row.get("curve", [])] in ([], [2])  # at the end at least
     assert np.isfinite([value for value in row.values() if isinstance(value, float)]).all()
 
 
