@@ -103,7 +103,8 @@ STUDIES: dict[str, dict[str, Trial]] = {
     "bounded, lattice": {
         "sim": bounded("sim"), "sim_l2": bounded("sim_l2"), "uni_instruct": bounded("uni_instruct"),
         "sida": bounded("sida"), "sida, warm-up": bounded("sida", options={"warmup": 100}),
-        "sid": bounded("sid", steps=STEPS * 5 // 3, sim=0, options={"learning_rate": 1e-3, "critic_steps": 5}),
+        "sid": bounded("sid", steps=STEPS * 5 // 3, sim=STEPS * 5 // 12, options={"learning_rate": 1e-3}),
+        "sid, no SIM": bounded("sid", steps=STEPS * 5 // 3, options={"learning_rate": 1e-3}),
     },
     "bounded, ring": {"sim_l2": bounded("sim_l2", "ring")},
 }

@@ -25,8 +25,8 @@ class BoundedPull(Through):
     next ones are thrown farther, and the run is lost. A bound on the gradient of the weights (`clip` of `distill`) cuts
     all of a batch alike and leaves that vote as it is; here every sample has one vote.
 
-    On 25 modes, from new students, it keeps SIM, SIM with squared L2 and Uni-Instruct, and SiDA with a `warmup`;
-    not SiD at alpha = 1.2, whose pull itself points outwards (notebook 13).
+    On 25 modes, from new students, it keeps SIM, SIM with squared L2, Uni-Instruct and SiD at alpha = 1.2 after a start
+    with SIM, and with a `warmup` SiDA; but neither SiDA nor SiD from their first step (notebook 13).
     """
 
     objective: Any
