@@ -43,9 +43,6 @@ class LargeLevelsFirst(Through):
     objective: Any
     share: float = 0.5
 
-    def see(self, batch: Batch) -> Batch:
-        return batch
-
     def noise_levels(self, n: int, settings: Settings, progress: float, generator: torch.Generator) -> Tensor:
         above = settings.sigma_data / settings.sigma_min
         least = settings.sigma_min * above ** max(0.0, 1 - progress / self.share)
@@ -59,9 +56,6 @@ class SmoothFake(Through):
 
     objective: Any
     weight: float = 0.1
-
-    def see(self, batch: Batch) -> Batch:
-        return batch
 
     def critic_loss(self, batch: Batch) -> Tensor:
         h = 0.1 * torch.randn(batch.xt.shape, generator=batch.generator, device=batch.xt.device)
